@@ -1,0 +1,60 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Workers for the tests; the doctests and the tests share one run.
+JOBS ?= 2
+
+.PHONY: help setup demo test test-all lint types bench notebooks build clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp is written last: an interrupted set-up starts again.
+$(VENV)/.complete: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "gpo_jax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). \
+	Name another one: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "'$(PYTHON)' cannot make virtual environments: install its venv module \
+	(Debian and Ubuntu: apt install python3-venv)."; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --editable ".[demo,dev]"
+	@touch $@
+
+$(VENV)/.notebooks: $(VENV)/.complete
+	$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
+	@touch $@
+
+setup: $(VENV)/.complete  ## Make the virtual environment
+
+demo: setup  ## A small policy learns to add, in about 3 minutes
+	$(BIN)/python -m gpo_jax.demo $(ARGS)
+
+test: setup  ## Run the tests, the doctests and the README
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+
+test-all: setup  ## Run the slow tests too
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: setup  ## Check format and style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup  ## Check the types
+	$(BIN)/pyrefly check
+
+bench: setup  ## Time the loss beside plain autodiff of the textbook formula
+	$(BIN)/python -m benchmarks $(ARGS)
+
+notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
+	@for notebook in $(wildcard notebooks/*.ipynb); do \
+	  $(BIN)/jupyter nbconvert --execute --inplace --to notebook $$notebook || exit 1; done
+
+build: setup  ## Build the wheel and the source distribution
+	$(BIN)/python -m build --no-isolation
+
+clean:  ## Remove what was built, the virtual environment included
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,85 @@
+"""The package as a stranger meets it: the wheel installed elsewhere, the import, the README."""
+
+import ast
+import contextlib
+import io
+import pathlib
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import gpo_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", README, re.DOTALL)
+
+
+def run(*command, **kwargs):
+  done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+  assert done.returncode == 0, done.stdout + done.stderr
+  return done.stdout.strip()
+
+
+def test_the_wheel_installed_elsewhere(tmp_path):
+  pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+  run(*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, ROOT)
+  (wheel,) = tmp_path.glob("*.whl")
+  run(*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel)
+  names = zipfile.ZipFile(wheel).namelist()
+  assert "gpo_jax/py.typed" in names
+  assert not [name for name in names if not name.startswith("gpo_jax")]
+  code = (
+    "import sys; sys.path.insert(0, 'site'); import gpo_jax; "
+    "print(gpo_jax.__version__, gpo_jax.__file__, gpo_jax.gpo_objective([1.], [2.], [1.], [1.]))"
+  )
+  version, file, value = run(sys.executable, "-I", "-W", "error", "-c", code, cwd=tmp_path).split()
+  assert version == gpo_jax.__version__
+  assert pathlib.Path(file).resolve() == tmp_path.resolve() / "site/gpo_jax/__init__.py"
+  assert float(value) == 2.0
+  metadata = next(name for name in names if name.endswith("METADATA"))
+  assert "License-Expression: Apache-2.0" in zipfile.ZipFile(wheel).read(metadata).decode()
+
+
+def test_import_needs_only_the_core_and_changes_no_setting():
+  code = (
+    "import sys, jax; before = dict(jax.config.values); import gpo_jax; "
+    "assert dict(jax.config.values) == before; "
+    "assert not jax._src.xla_bridge.backends_are_initialized(); "
+    "print(*sorted({'flax', 'tqdm', 'matplotlib', 'pytest', 'torch'} & set(sys.modules)))"
+  )
+  assert not run(sys.executable, "-c", code, cwd=ROOT)
+
+
+def test_everything_public_is_documented():
+  init = ast.parse((ROOT / "gpo_jax/__init__.py").read_text())
+  names = [a.asname for n in init.body if isinstance(n, ast.ImportFrom) for a in n.names]
+  assert names
+  for name in names:
+    assert getattr(gpo_jax, name).__doc__, name
+
+
+def test_the_changelog_knows_the_version():
+  assert f"## {gpo_jax.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_readmes_python_blocks_print_what_they_say():
+  assert BLOCKS
+  namespace = {}  # one session: later blocks use what earlier ones defined
+  for code, expected in BLOCKS:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+      exec(compile(code, "README.md", "exec"), namespace)
+    assert output.getvalue().strip() == expected.strip()
+
+
+def test_the_readmes_links_and_commands_exist():
+  for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
+    assert (ROOT / link).exists(), link
+  makefile = (ROOT / "Makefile").read_text()
+  for target in re.findall(r"^make ([a-z-]+)", README, re.MULTILINE):
+    assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
