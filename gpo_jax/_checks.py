@@ -1,4 +1,4 @@
-"""Conversions and checks at the public boundary: a clear `ValueError` before anything is computed."""
+"""Conversions and checks at the public boundary: a clear `ValueError` before any computation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpo_jax.types import Rollout
+
 ArrayLike = chex.Array | Sequence
 
 
 def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
-  """Converts lists, scalars and integers to float arrays; refuses, by name, what is not real numbers."""
+  """Converts lists, scalars and integers to float arrays; refuses what is not real numbers."""
   if not isinstance(value, jax.Array | np.ndarray):
     try:
       value = np.asarray(value)
@@ -28,7 +30,7 @@ def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
 
 
 def as_scalar(name: str, value: Any) -> jax.Array | np.ndarray:
-  """Gives a hyperparameter the default float dtype: 0.2, 1, NumPy and JAX scalars share one trace."""
+  """Gives a hyperparameter the default float dtype: 0.2, 1 and array scalars share one trace."""
   value = as_array(name, value)
   if value.shape:
     raise ValueError(f"{name} must be a scalar; got shape {list(value.shape)}")
@@ -55,3 +57,86 @@ def promote(*arrays: chex.Array) -> list[jax.Array]:
   """Gives all arrays one dtype: float64 if one of them has it, float32 otherwise."""
   wide = any(jax.dtypes.canonicalize_dtype(array.dtype) == jnp.float64 for array in arrays)
   return [jnp.asarray(array, jnp.float64 if wide else jnp.float32) for array in arrays]
+
+
+def as_parameter(name: str, value: Any) -> jax.Array | np.ndarray:
+  """Gives a number bound to a slot the default float dtype; arrays keep their shape, for sweeps."""
+  value = as_array(name, value)
+  dtype = jax.dtypes.canonicalize_dtype(float)
+  return jnp.asarray(value, dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
+
+
+def as_mask(name: str, mask: Any) -> jax.Array:
+  """Converts a mask of bools or of 0 and 1 to bools."""
+  mask = as_array(name, mask).astype(bool)
+  if not mask.ndim or 0 in mask.shape:
+    raise ValueError(
+      f"{name} must be [..., G, T] with every axis at least 1; got {list(mask.shape)}"
+    )
+  return jnp.asarray(mask)
+
+
+def as_ids(name: str, ids: Any, mask: jax.Array) -> jax.Array:
+  """Refuses ids that are not integers of the mask's shape."""
+  ids = jnp.asarray(ids)
+  if ids.shape != mask.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise ValueError(
+      f"{name} must be integers of the mask's shape {list(mask.shape)}; "
+      f"got {ids.dtype} {list(ids.shape)}"
+    )
+  return ids
+
+
+def like(name: str, value: jax.Array, expected: jax.Array) -> jax.Array:
+  """Refuses what a slot's function returned if it is not one float per token."""
+  if jnp.shape(value) != expected.shape or jnp.result_type(value) != expected.dtype:
+    raise ValueError(
+      f"{name} must return {expected.dtype} {list(expected.shape)}, one value per token; "
+      f"got {jnp.result_type(value)} {list(jnp.shape(value))}"
+    )
+  return value
+
+
+_PER_TOKEN = ("weights", "old_log_probs", "ref_log_probs", "sampler_log_probs", "factor")
+
+
+def check_rollout(rollout: Rollout) -> Rollout:
+  """Refuses a rollout whose arrays do not fit its mask."""
+  mask = as_mask("mask", rollout.mask)
+  fields = {name: getattr(rollout, name) for name in _PER_TOKEN}
+  arrays = {name: as_array(name, value) for name, value in fields.items() if value is not None}
+  for name, array in arrays.items():
+    if array.shape != mask.shape:
+      raise ValueError(
+        f"{name} must have the mask's shape; got {describe(mask=mask, **{name: array})}"
+      )
+  advantages = as_array("advantages", rollout.advantages)
+  if advantages.ndim == mask.ndim - 1:
+    advantages = jnp.expand_dims(advantages, -1)
+  if advantages.shape not in (mask.shape, (*mask.shape[:-1], 1)):
+    raise ValueError(
+      "advantages must be [..., G], [..., G, 1] or [..., G, T] for a mask [..., G, T]; got "
+      f"{describe(advantages=as_array('advantages', rollout.advantages), mask=mask)}"
+    )
+  segment_ids = rollout.segment_ids
+  if segment_ids is not None:
+    segment_ids = as_ids("segment_ids", segment_ids, mask)
+  return rollout.replace(advantages=advantages, mask=mask, segment_ids=segment_ids, **arrays)
+
+
+def clean(log_probs: Any, rollout: Rollout) -> tuple[jax.Array, Rollout]:
+  """Checks the inputs of an objective, gives them one dtype and puts 0 wherever the mask is 0.
+
+  From there on no function can meet what was in a masked position, in value or in gradient.
+  """
+  rollout = check_rollout(rollout)
+  log_probs = as_array("log_probs", log_probs)
+  if log_probs.shape != rollout.mask.shape:
+    raise ValueError(
+      "log_probs must have the mask's shape; got "
+      f"{describe(log_probs=log_probs, mask=rollout.mask)}"
+    )
+  names = [name for name in ("advantages", *_PER_TOKEN) if getattr(rollout, name) is not None]
+  fixed = jax.lax.stop_gradient([getattr(rollout, name) for name in names])
+  log_probs, *fixed = (jnp.where(rollout.mask, array, 0) for array in promote(log_probs, *fixed))
+  return log_probs, rollout.replace(**dict(zip(names, fixed, strict=True)))

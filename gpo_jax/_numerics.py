@@ -2,17 +2,16 @@
 
 import math
 
-import chex
 import jax
 import jax.numpy as jnp
 
 
 @jax.custom_jvp
-def exp_excess(x: chex.Array) -> chex.Array:
+def exp_excess(x: jax.Array) -> jax.Array:
   """Computes e^x − x − 1, to rounding, for every x.
 
-  The textbook form keeps no correct digit below |x| = 3e-4 in float32, so a Taylor series replaces it
-  for |x| < 1. The derivative is expm1(x), which has the same trap and the same remedy.
+  The textbook form keeps no correct digit below |x| = 3e-4 in float32, so a Taylor series replaces
+  it for |x| < 1. The derivative is expm1(x), which has the same trap and the same remedy.
 
   Args:
     x: floats of any shape, float32 or wider.
@@ -28,3 +27,27 @@ def exp_excess(x: chex.Array) -> chex.Array:
 
 
 exp_excess.defjvps(lambda tangent, _, x: tangent * jnp.expm1(x))
+
+
+def with_slope(value: jax.Array, slope: jax.Array, x: jax.Array) -> jax.Array:
+  """Gives `value` the derivative `slope` in x, whatever the derivative of the formula behind it.
+
+  value = sg(value) + sg(slope)·(x − sg(x)): x − sg(x) is 0 where x is finite and NaN where it is
+  not, so an infinite log-probability is never hidden.
+  """
+  value, slope = jax.lax.stop_gradient((value, slope))
+  return value + slope * (x - jax.lax.stop_gradient(x))
+
+
+# e^20 is 5e8: far outside every clip range, and small enough that its square is finite in float32.
+MAX_LOG_RATIO = 20.0
+
+
+def bound(log_ratio: jax.Array) -> jax.Array:
+  """Bounds a log-ratio to ±20 in value and passes its gradient through.
+
+  Beyond the bound a function's slope is the one it has at the bound: finite, and never 0 because of
+  the bound, so a penalty still pulls back a policy that has drifted any distance.
+  """
+  bounded = jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+  return with_slope(bounded, jnp.ones_like(log_ratio), log_ratio)

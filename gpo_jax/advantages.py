@@ -1,0 +1,330 @@
+"""Advantages: what a sample's reward is worth beside the others of its group.
+
+Each is `(rewards, where=None, *, …) -> advantages`, `[..., G]` to `[..., G]`; the group is the last
+axis. `where` leaves samples out of every statistic; their advantage is 0. A group whose rewards are
+all equal has advantage exactly 0: rewards are shifted by their group's maximum first, so that no
+rounding error is left for a small standard deviation to blow up. No gradient flows to the rewards.
+"""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gpo_jax import _checks
+
+
+def _inputs(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+  (rewards,) = _checks.promote(_checks.as_array("rewards", rewards))
+  if not rewards.ndim or not rewards.size:
+    raise ValueError(f"rewards must be [..., G] and not empty; got shape {list(rewards.shape)}")
+  rewards = jax.lax.stop_gradient(rewards)
+  if where is None:
+    return rewards, jnp.ones_like(rewards, bool), jnp.full((), rewards.shape[-1], rewards.dtype)
+  where = jnp.broadcast_to(jnp.asarray(where).astype(bool), rewards.shape)
+  count = jnp.sum(where.astype(rewards.dtype), axis=-1, keepdims=True)
+  return rewards, where, jnp.maximum(count, 1)
+
+
+def _shift(rewards: jax.Array, where: jax.Array, axis=-1) -> tuple[jax.Array, jax.Array]:
+  """Subtracts the largest reward that counts, which it returns too; 0 where none counts."""
+  top = jnp.max(rewards, axis=axis, keepdims=True, where=where, initial=-jnp.inf)
+  return jnp.where(where, rewards - top, 0), top
+
+
+def center(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
+  """Subtracts the group's mean.
+
+      A_i = R_i − mean(R)
+
+  The mean includes the sample itself: the expected gradient is (G−1)/G of the policy gradient.
+
+  Args:
+    rewards: R, `[..., G]`.
+    where: the samples that count, `[..., G]`, bool or 0/1; all if None.
+
+  Returns:
+    A, `[..., G]`.
+
+  Example:
+    >>> print(center(jnp.array([1.0, 0.0, 0.0, 1.0])))
+    [ 0.5 -0.5 -0.5  0.5]
+
+  Reference: Liu et al. (2025, Dr. GRPO), arXiv:2503.20783.
+  """
+  rewards, where, count = _inputs(rewards, where)
+  shifted, _ = _shift(rewards, where)
+  return jnp.where(where, shifted - jnp.sum(shifted, -1, keepdims=True) / count, 0)
+
+
+def _divide_by_std(centered, where, count, ddof, eps, axis=-1) -> jax.Array:
+  square = jnp.sum(jnp.where(where, centered, 0) ** 2, axis=axis, keepdims=True)
+  std = jnp.sqrt(square / jnp.maximum(count - ddof, 1))
+  # Equal rewards are 0/0 with eps = 0; a NaN is not equal to 0 and stays.
+  return jnp.where(std == 0, 0, centered / jnp.where(std == 0, 1, std + eps))
+
+
+def standardize(
+  rewards: jax.Array,
+  where: jax.Array | None = None,
+  *,
+  ddof: chex.Numeric = 1,
+  eps: chex.Numeric = 1e-4,
+) -> jax.Array:
+  """Subtracts the group's mean and divides by its standard deviation.
+
+      A_i = (R_i − mean(R)) / (std(R) + eps)
+
+  Args:
+    rewards: R, `[..., G]`.
+    where: the samples that count, `[..., G]`, bool or 0/1; all if None.
+    ddof: the variance is Σ(R−mean)²/(G−ddof): 1 in TRL, Tunix, verl, slime and OpenRLHF, 0 in
+      MaxText and EasyDeL. The paper does not say.
+    eps: added to the standard deviation: 1e-4 in TRL and EasyDeL, 1e-6 in Tunix, verl and slime,
+      1e-8 in MaxText, 1e-9 in OpenRLHF. 0 is the paper's formula, and safe here.
+
+  Returns:
+    A, `[..., G]`; 0 in a group of one or of equal rewards.
+
+  Example:
+    >>> print(standardize(jnp.array([1.0, 0.0, 0.0, 1.0]), ddof=0, eps=0.0))
+    [ 1. -1. -1.  1.]
+
+  Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, section 4.1.2.
+  """
+  rewards, where, count = _inputs(rewards, where)
+  return _divide_by_std(center(rewards, where), where, count, ddof, eps)
+
+
+def leave_one_out(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
+  """Subtracts the mean of the group's other samples.
+
+      A_i = R_i − (1/(G−1)) Σ_{j≠i} R_j
+
+  The baseline does not depend on the sample, so the expected gradient is exactly the policy
+  gradient.
+
+  Args:
+    rewards: R, `[..., G]`, G ≥ 2.
+    where: the samples that count, `[..., G]`, bool or 0/1; all if None.
+
+  Returns:
+    A, `[..., G]`; 0 where only one sample of a group counts.
+
+  Raises:
+    ValueError: for G = 1, which has no others.
+
+  Example:
+    >>> print(leave_one_out(jnp.array([1.0, 0.0, 0.0])))
+    [ 1.  -0.5 -0.5]
+
+  Reference: Ahmadian et al. (2024, RLOO), arXiv:2402.14740.
+  """
+  rewards, where, count = _inputs(rewards, where)
+  if rewards.shape[-1] == 1:
+    raise ValueError(
+      f"leave_one_out needs groups of at least 2; got rewards {list(rewards.shape)}, a group of 1: "
+      "sample more responses per prompt, or use batch_standardize"
+    )
+  shifted, _ = _shift(rewards, where)
+  others = jnp.sum(shifted, -1, keepdims=True) - shifted
+  return jnp.where(where & (count > 1), shifted - others / jnp.maximum(count - 1, 1), 0)
+
+
+def batch_standardize(
+  rewards: jax.Array,
+  where: jax.Array | None = None,
+  *,
+  ddof: chex.Numeric = 1,
+  eps: chex.Numeric = 1e-8,
+) -> jax.Array:
+  """Subtracts the mean of the whole batch and divides by its standard deviation.
+
+      A_i = (R_i − mean_batch(R)) / (std_batch(R) + eps)
+
+  With a group baseline first (REINFORCE++-baseline): `batch_standardize(center(rewards))`.
+
+  Args:
+    rewards: R, any shape: everything that one optimizer step sees.
+    where: the samples that count, of the same shape, bool or 0/1; all if None.
+    ddof: as in `standardize`.
+    eps: added to the standard deviation.
+
+  Returns:
+    A, of rewards' shape.
+
+  Example:
+    >>> print(batch_standardize(jnp.array([[1.0, 1.0], [0.0, 0.0]]), ddof=0))
+    [[ 1.  1.]
+     [-1. -1.]]
+
+  Reference: Hu et al. (2025, REINFORCE++), arXiv:2501.03262.
+  """
+  rewards, where, _ = _inputs(rewards, where)
+  flat = standardize(rewards.ravel(), where.ravel(), ddof=ddof, eps=eps)
+  return flat.reshape(rewards.shape)
+
+
+def max_rl(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
+  """Divides by the group's mean: rare successes count the more.
+
+      A_i = (R_i − mean(R)) / mean(R),   0 where mean(R) ≤ 0
+
+  Args:
+    rewards: R ≥ 0, `[..., G]`.
+    where: the samples that count, `[..., G]`, bool or 0/1; all if None.
+
+  Returns:
+    A, `[..., G]`.
+
+  Example:
+    >>> print(max_rl(jnp.array([1.0, 0.0, 0.0, 0.0])))
+    [ 3. -1. -1. -1.]
+
+  Reference: MaxRL (2026), arXiv:2602.02710.
+  """
+  rewards, where, count = _inputs(rewards, where)
+  mean = jnp.sum(jnp.where(where, rewards, 0), -1, keepdims=True) / count
+  return jnp.where(mean <= 0, 0, center(rewards, where) / jnp.where(mean <= 0, 1, mean))
+
+
+def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
+  """Rewards only the group's best sample, by its lead over the second best.
+
+      A_best = R_(1) − R_(2),   0 for all others
+
+  Args:
+    rewards: R, `[..., G]`.
+    where: the samples that count, `[..., G]`, bool or 0/1; all if None.
+
+  Returns:
+    A, `[..., G]`; 0 for a shared first place, and where only one sample counts.
+
+  Example:
+    >>> print(pass_at_k(jnp.array([0.5, 2.0, 1.5])))
+    [0.  0.5 0. ]
+
+  Reference: the `grpo_passk` estimator of verl, without its division by the standard deviation.
+  """
+  rewards, where, count = _inputs(rewards, where)
+  shifted, _ = _shift(rewards, where)
+  others = where & (
+    jnp.arange(rewards.shape[-1])
+    != jnp.argmax(jnp.where(where, rewards, -jnp.inf), axis=-1, keepdims=True)
+  )
+  lead = -jnp.max(shifted, axis=-1, keepdims=True, where=others, initial=-jnp.inf)
+  return jnp.where(where & ~others & (count > 1), lead, 0)
+
+
+def optimal_baseline(
+  rewards: jax.Array, where: jax.Array | None = None, *, lengths: jax.Array
+) -> jax.Array:
+  """Subtracts the group's mean weighted by response lengths, the baseline of least variance.
+
+      A_i = R_i − Σ_j L_j R_j / Σ_j L_j
+
+  In an objective: `objective.replace(advantage=partial(optimal_baseline, lengths=mask.sum(-1)))`.
+
+  Args:
+    rewards: R, `[..., G]`.
+    where: the samples that count, `[..., G]`, bool or 0/1; all if None.
+    lengths: L ≥ 0, tokens per response, `[..., G]`.
+
+  Returns:
+    A, `[..., G]`.
+
+  Example:
+    >>> print(optimal_baseline(jnp.array([1.0, 0.0]), lengths=jnp.array([3, 1])))
+    [ 0.25 -0.75]
+
+  Reference: Hao et al. (2025, OPO), arXiv:2505.23585.
+  """
+  rewards, where, _ = _inputs(rewards, where)
+  lengths = jnp.where(where, jnp.asarray(lengths, rewards.dtype), 0)
+  shifted, _ = _shift(rewards, where)
+  total = jnp.sum(lengths, -1, keepdims=True)
+  baseline = jnp.sum(lengths * shifted, -1, keepdims=True) / jnp.where(total == 0, 1, total)
+  return jnp.where(where, shifted - baseline, 0)
+
+
+def decoupled(
+  rewards: jax.Array,
+  where: jax.Array | None = None,
+  *,
+  weights: jax.Array | None = None,
+  ddof: chex.Numeric = 1,
+  eps: chex.Numeric = 1e-4,
+) -> jax.Array:
+  """Standardises several rewards apart before adding them, so that none drowns the others.
+
+      A = batch_standardize(Σ_k w_k standardize(R_k))
+
+  Args:
+    rewards: R, `[K, ..., G]`: K kinds of reward of each sample.
+    where: the samples that count, `[..., G]`, bool or 0/1; all if None.
+    weights: w, `[K]`; 1 each if None.
+    ddof: as in `standardize`.
+    eps: as in `standardize`.
+
+  Returns:
+    A, `[..., G]`.
+
+  Example:
+    >>> correct, short = jnp.array([1.0, 0.0]), jnp.array([0.0, 100.0])
+    >>> print(decoupled(jnp.stack([correct, short]), weights=jnp.array([2.0, 1.0])).round(2))
+    [ 0.71 -0.71]
+
+  Reference: Liu et al. (2026, GDPO), arXiv:2601.05242.
+  """
+  (rewards,) = _checks.promote(_checks.as_array("rewards", rewards))
+  if rewards.ndim < 2:
+    raise ValueError(f"decoupled needs rewards [K, ..., G]; got shape {list(rewards.shape)}")
+  if weights is None:
+    weights = jnp.ones(rewards.shape[0])
+  weights = jnp.asarray(weights, rewards.dtype)
+  each = jax.vmap(lambda r: standardize(r, where, ddof=ddof, eps=eps))(rewards)
+  return batch_standardize(jnp.tensordot(weights, each, 1), where, ddof=ddof, eps=eps)
+
+
+def by_group(
+  advantage: Callable[[jax.Array, jax.Array], jax.Array],
+  rewards: jax.Array,
+  group_ids: jax.Array,
+  where: jax.Array | None = None,
+) -> jax.Array:
+  """Applies an advantage to groups of uneven size, told apart by ids.
+
+      A_i = advantage(R, where = {j : group_j = group_i})_i
+
+  Args:
+    advantage: a function of this module, or one like them.
+    rewards: R, any shape: N samples in any order.
+    group_ids: the group of each sample, of rewards' shape, any integers.
+    where: the samples that count, of rewards' shape; all if None.
+
+  Returns:
+    A, of rewards' shape.
+
+  Raises:
+    ValueError: where `group_ids` is not of rewards' shape.
+
+  Example:
+    >>> print(by_group(center, jnp.array([1.0, 0.0, 5.0]), jnp.array([7, 7, 3])))
+    [ 0.5 -0.5  0. ]
+  """
+  rewards, where, _ = _inputs(rewards, where)
+  group_ids = jnp.asarray(group_ids)
+  if group_ids.shape != rewards.shape:
+    raise ValueError(
+      "group_ids must name a group for every reward; got "
+      f"{_checks.describe(rewards=rewards, group_ids=group_ids)}"
+    )
+  flat, ids, where = rewards.ravel(), group_ids.ravel(), where.ravel()
+
+  def of_sample(index: jax.Array) -> jax.Array:
+    return advantage(flat, where & (ids == ids[index]))[index]
+
+  # One pass over all samples for each: batches of them bound the memory to 64·N values.
+  result = jax.lax.map(of_sample, jnp.arange(flat.size), batch_size=min(64, flat.size))
+  return result.reshape(rewards.shape)

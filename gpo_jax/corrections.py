@@ -1,0 +1,373 @@
+"""Corrections: factors on the surrogate, without gradient, for stale or mismatched samples.
+
+Each is `(log_probs, rollout, *, …) -> factor`, `[..., T]`. An objective multiplies the surrogate,
+never the divergence, by all of its corrections. Where the sampler's own log-probabilities matter, μ
+is `rollout.sampler_log_probs`. A statistic over the batch is computed once, over everything that
+one optimizer step sees, and kept as data: `rollout.replace(factor=covariance_mask(log_probs,
+rollout))`.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gpo_jax import levels
+from gpo_jax._numerics import bound
+from gpo_jax.types import Level, Rollout
+
+
+def _advantages(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+  if rollout.advantages.ndim < log_probs.ndim:
+    return jnp.expand_dims(rollout.advantages, -1)
+  return rollout.advantages
+
+
+def _old(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+  return log_probs if rollout.old_log_probs is None else rollout.old_log_probs
+
+
+def _sampler(rollout: Rollout, name: str) -> jax.Array:
+  if rollout.sampler_log_probs is None:
+    raise ValueError(
+      f"{name} needs rollout.sampler_log_probs: pass sampler_log_probs=, the log-probabilities "
+      "that the sampler reported, to prepare"
+    )
+  return rollout.sampler_log_probs
+
+
+def _behaviour(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+  """The policy the samples came from, as closely as it is known."""
+  if rollout.sampler_log_probs is not None:
+    return rollout.sampler_log_probs
+  return _old(log_probs, rollout)
+
+
+def _drop(dropped: jax.Array, statistic: jax.Array) -> jax.Array:
+  # x − x is 0, or NaN where the statistic is not finite: a comparison alone would hide that.
+  return jnp.where(dropped, 0, 1 + (statistic - statistic))
+
+
+def _importance(log_probs: jax.Array, rollout: Rollout, level: Level, name: str) -> jax.Array:
+  log_weight = _old(log_probs, rollout) - _sampler(rollout, name)
+  return jnp.exp(bound(level(jax.lax.stop_gradient(log_weight), rollout)))
+
+
+def truncate_importance(
+  log_probs: jax.Array,
+  rollout: Rollout,
+  *,
+  cap: chex.Numeric = 2.0,
+  level: Level = levels.token,
+) -> jax.Array:
+  """Reweighs samples from the sampler to the trainer's old policy, with a cap.
+
+      min(w, cap),   w = π_old/μ at the level
+
+  Args:
+    log_probs: log π, `[..., T]`; it stands for log π_old where the rollout has none.
+    rollout: its sampler_log_probs are needed.
+    cap: the largest weight, > 0.
+    level: a function of `gpo_jax.levels`: `token`, `sequence` or `sequence_sum`.
+
+  Returns:
+    The factor, `[..., T]`.
+
+  Raises:
+    ValueError: without `sampler_log_probs`.
+
+  Example:
+    >>> old, sampler = jnp.log(jnp.array([0.6, 0.9])), jnp.log(jnp.array([0.5, 0.1]))
+    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old, sampler_log_probs=sampler)
+    >>> print(truncate_importance(old, rollout))
+    [1.2 2. ]
+
+  Reference: Yao et al. (2025), "Your efficient RL framework secretly brings you off-policy
+    training".
+  """
+  return jnp.minimum(_importance(log_probs, rollout, level, "truncate_importance"), cap)
+
+
+def mask_importance(
+  log_probs: jax.Array,
+  rollout: Rollout,
+  *,
+  low: chex.Numeric = 0.5,
+  high: chex.Numeric = 5.0,
+  level: Level = levels.token,
+) -> jax.Array:
+  """Reweighs samples from the sampler to the trainer's old policy, and drops those too far off.
+
+      w if low ≤ w ≤ high else 0,   w = π_old/μ at the level
+
+  Args:
+    log_probs: log π, `[..., T]`; it stands for log π_old where the rollout has none.
+    rollout: its sampler_log_probs are needed.
+    low: the smallest weight kept, ≥ 0.
+    high: the largest weight kept.
+    level: a function of `gpo_jax.levels`: `token`, `sequence` or `sequence_sum`.
+
+  Returns:
+    The factor, `[..., T]`.
+
+  Raises:
+    ValueError: without `sampler_log_probs`.
+
+  Example:
+    >>> old, sampler = jnp.log(jnp.array([0.6, 0.9])), jnp.log(jnp.array([0.5, 0.1]))
+    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old, sampler_log_probs=sampler)
+    >>> print(mask_importance(old, rollout))
+    [1.2 0. ]
+
+  Reference: Ring-1T (2025, IcePop), arXiv:2510.18855.
+  """
+  weight = _importance(log_probs, rollout, level, "mask_importance")
+  # A NaN weight is neither below nor above, and stays.
+  return jnp.where((weight < low) | (weight > high), 0, weight)
+
+
+def off_policy_sequence_mask(
+  log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric
+) -> jax.Array:
+  """Drops bad responses that the policy has drifted away from.
+
+      0 if A < 0 and mean_t log(μ_t/π_t) > threshold else 1
+
+  Args:
+    log_probs: log π, `[..., T]`.
+    rollout: μ is its sampler_log_probs, or its old_log_probs where it has none.
+    threshold: δ ≥ 0, in nats per token.
+
+  Returns:
+    The factor, `[..., T]`, 0 or 1.
+
+  Example:
+    >>> old = jnp.log(jnp.array([[0.5, 0.5], [0.5, 0.5]]))
+    >>> rollout = Rollout(jnp.array([-1.0, 1.0]), jnp.ones((2, 2)), jnp.ones((2, 2)), old)
+    >>> print(off_policy_sequence_mask(old - 1.0, rollout, threshold=0.5))
+    [[0. 0.]
+     [1. 1.]]
+
+  Reference: DeepSeek-AI (2025, DeepSeek-V3.2), arXiv:2512.02556, Eq. 8 and 9.
+  """
+  drift = levels.sequence(_behaviour(log_probs, rollout) - log_probs, rollout)
+  dropped = (_advantages(log_probs, rollout) < 0) & (drift > threshold)
+  return _drop(dropped, drift)
+
+
+def _away(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+  """Where the surrogate's gradient would move π further away from μ."""
+  advantages = _advantages(log_probs, rollout)
+  drift = log_probs - _behaviour(log_probs, rollout)
+  return ((advantages > 0) & (drift > 0)) | ((advantages < 0) & (drift < 0))
+
+
+def total_variation_mask(
+  log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric = 0.2
+) -> jax.Array:
+  """Drops tokens whose probability has already moved too far in the advantage's direction.
+
+      0 if (A > 0 and π − μ > threshold) or (A < 0 and μ − π > threshold) else 1
+
+  Args:
+    log_probs: log π, `[..., T]`.
+    rollout: μ is its sampler_log_probs, or its old_log_probs where it has none.
+    threshold: δ in (0, 1), in probability.
+
+  Returns:
+    The factor, `[..., T]`, 0 or 1.
+
+  Example:
+    >>> old = jnp.log(jnp.array([0.5, 0.01]))
+    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old)
+    >>> print(total_variation_mask(jnp.log(jnp.array([0.8, 0.1])), rollout))
+    [0. 1.]
+
+  Reference: DPPO (2026), arXiv:2602.04879, the binary total variation form.
+  """
+  moved = jnp.abs(jnp.exp(log_probs) - jnp.exp(_behaviour(log_probs, rollout)))
+  return _drop(_away(log_probs, rollout) & (moved > threshold), moved)
+
+
+def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric) -> jax.Array:
+  """Drops tokens as `total_variation_mask` does, by the KL divergence of "this token or another".
+
+      KL = μ log(μ/π) + (1−μ) log((1−μ)/(1−π));   0 if KL > threshold and π moves away from μ else 1
+
+  Args:
+    log_probs: log π, `[..., T]`.
+    rollout: μ is its sampler_log_probs, or its old_log_probs where it has none.
+    threshold: δ > 0, in nats.
+
+  Returns:
+    The factor, `[..., T]`, 0 or 1.
+
+  Example:
+    >>> old = jnp.log(jnp.array([0.5, 0.01]))
+    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old)
+    >>> print(binary_kl_mask(jnp.log(jnp.array([0.8, 0.02])), rollout, threshold=0.1))
+    [0. 1.]
+
+  Reference: DPPO (2026), arXiv:2602.04879, the binary KL form.
+  """
+  old = _behaviour(log_probs, rollout)
+  # log(1 − e^x): a token of probability 1 leaves nothing for the others, and 0·log 0 is 0.
+  tiny = jnp.finfo(log_probs.dtype).tiny
+  rest, old_rest = (jnp.maximum(-jnp.expm1(x), tiny) for x in (log_probs, old))
+  kl = jnp.exp(old) * (old - log_probs) + old_rest * (jnp.log(old_rest) - jnp.log(rest))
+  return _drop(_away(log_probs, rollout) & (kl > threshold), kl)
+
+
+def _response_log_ratio(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+  log_ratio = jax.lax.stop_gradient(log_probs - _old(log_probs, rollout))
+  return bound(levels.sequence_sum(log_ratio, rollout))
+
+
+def vespo(
+  log_probs: jax.Array,
+  rollout: Rollout,
+  *,
+  k_pos: chex.Numeric = 2.0,
+  lambda_pos: chex.Numeric = 3.0,
+  k_neg: chex.Numeric = 3.0,
+  lambda_neg: chex.Numeric = 2.0,
+) -> jax.Array:
+  """Reshapes the response's ratio smoothly: rising up to W = k/λ, fading beyond.
+
+      φ(W) = W^k e^(λ(1−W)),   W = Π_t ρ_t;   (k, λ) by the sign of A
+
+  For the surrogate `reinforce`.
+
+  Args:
+    log_probs: log π, `[..., T]`.
+    rollout: its advantages, old_log_probs, mask and segment_ids are used.
+    k_pos: k > 0 where A ≥ 0.
+    lambda_pos: λ > 0 where A ≥ 0.
+    k_neg: k > 0 where A < 0.
+    lambda_neg: λ > 0 where A < 0.
+
+  Returns:
+    φ(W) at every token of the response, `[..., T]`; 1 on-policy.
+
+  Example:
+    >>> old = jnp.log(jnp.array([0.5, 0.5]))
+    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old)
+    >>> print(vespo(old, rollout))
+    [1. 1.]
+
+  Reference: Shen et al. (2026, VESPO), arXiv:2602.10693.
+  """
+  negative = _advantages(log_probs, rollout) < 0
+  k = jnp.where(negative, k_neg, k_pos)
+  scale = jnp.where(negative, lambda_neg, lambda_pos)
+  log_weight = _response_log_ratio(log_probs, rollout)
+  return jnp.exp(k * log_weight - scale * jnp.expm1(log_weight))
+
+
+def topr(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+  """Tapers bad responses by their likelihood ratio and leaves good ones as they are.
+
+      1 if A ≥ 0 else clip(Π_t ρ_t, 0, 1)
+
+  For the surrogate `reinforce`.
+
+  Args:
+    log_probs: log π, `[..., T]`.
+    rollout: its advantages, old_log_probs, mask and segment_ids are used.
+
+  Returns:
+    The factor at every token of the response, `[..., T]`.
+
+  Example:
+    >>> old = jnp.log(jnp.array([[0.5, 0.5], [0.5, 0.5]]))
+    >>> rollout = Rollout(jnp.array([-1.0, 1.0]), jnp.ones((2, 2)), jnp.ones((2, 2)), old)
+    >>> print(topr(old + jnp.log(0.5), rollout))
+    [[0.25 0.25]
+     [1.   1.  ]]
+
+  Reference: Le Roux et al. (2025, TOPR), arXiv:2503.14286.
+  """
+  ratio = jnp.exp(jnp.minimum(_response_log_ratio(log_probs, rollout), 0))
+  return jnp.where(_advantages(log_probs, rollout) < 0, ratio, jnp.ones_like(ratio))
+
+
+def _quantile(values: jax.Array, mask: jax.Array, quantile: chex.Numeric) -> jax.Array:
+  """Interpolates linearly between the ordered active values."""
+  ordered = jnp.sort(jnp.where(mask, values, jnp.finfo(values.dtype).max), axis=None)
+  last = jnp.maximum(jnp.sum(mask.astype(values.dtype)) - 1, 0)
+  position = quantile * last
+  below = jnp.floor(position)
+  lower = ordered[below.astype(jnp.int32)]
+  upper = ordered[jnp.minimum(below + 1, last).astype(jnp.int32)]
+  return lower + (position - below) * (upper - lower)
+
+
+def covariance_mask(
+  log_probs: jax.Array, rollout: Rollout, *, fraction: chex.Numeric = 2e-4
+) -> jax.Array:
+  """Drops the tokens whose update costs the most entropy.
+
+      cov_t = (log π_t − mean(log π)) (A_t − mean(A));   0 for the `fraction` of tokens with the
+      largest
+
+  The statistics are over the tokens of one call: to cut a batch, compute it once, as
+  `rollout.factor`. (The paper drops that many at random among tokens above a bound; this drops the
+  top ones.) To penalise instead of dropping (kl-cov), give those tokens a penalty in your own
+  surrogate.
+
+  Args:
+    log_probs: log π, `[..., T]`.
+    rollout: its advantages and mask are used.
+    fraction: the share of active tokens to drop, in [0, 1).
+
+  Returns:
+    The factor, `[..., T]`, 0 or 1.
+
+  Example:
+    >>> rollout = Rollout(jnp.array([2.0, -2.0]), jnp.ones((2, 2)), jnp.ones((2, 2)))
+    >>> print(covariance_mask(jnp.array([[-0.1, -3.0], [-1.0, -1.1]]), rollout, fraction=0.25))
+    [[0. 1.]
+     [1. 1.]]
+
+  Reference: Cui et al. (2025, clip-cov), arXiv:2505.22617.
+  """
+  mask = rollout.mask.astype(bool)
+  advantages = jnp.broadcast_to(_advantages(log_probs, rollout), log_probs.shape)
+  log_probs = jax.lax.stop_gradient(log_probs)
+
+  def deviation(x: jax.Array) -> jax.Array:
+    x = jnp.where(mask, x, 0)
+    return x - jnp.sum(x) / jnp.maximum(jnp.sum(mask.astype(x.dtype)), 1)
+
+  covariance = deviation(log_probs) * deviation(advantages)
+  limit = _quantile(covariance, mask, 1 - fraction)
+  return _drop(mask & (covariance > limit), covariance)
+
+
+def entropy_mask(
+  entropy: jax.Array, rollout: Rollout, *, quantile: chex.Numeric = 0.8
+) -> jax.Array:
+  """Keeps the tokens at which the policy is least certain.
+
+      1 where the entropy is at or above its quantile over the batch, else 0
+
+  It takes entropies in place of log-probabilities, so compute it once and keep it as data:
+  `rollout.replace(factor=entropy_mask(entropy, rollout))`.
+
+  Args:
+    entropy: of the policy at each token, `[..., T]`, in nats.
+    rollout: its mask is used.
+    quantile: the share of active tokens to drop, in [0, 1).
+
+  Returns:
+    The factor, `[..., T]`, 0 or 1.
+
+  Example:
+    >>> rollout = Rollout(jnp.ones(()), jnp.ones(4), jnp.ones(4))
+    >>> print(entropy_mask(jnp.array([0.1, 0.2, 0.3, 2.0]), rollout, quantile=0.7))
+    [0. 0. 0. 1.]
+
+  Reference: Wang et al. (2025), "Beyond the 80/20 rule", arXiv:2506.01939.
+  """
+  mask = rollout.mask.astype(bool)
+  entropy = jax.lax.stop_gradient(jnp.where(mask, entropy, 0))
+  return _drop(mask & (entropy < _quantile(entropy, mask, quantile)), entropy)

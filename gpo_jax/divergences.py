@@ -1,0 +1,276 @@
+"""Divergences: the penalty for leaving the reference policy, token by token.
+
+Each is `(ref_log_ratio, log_ratio, rollout) -> penalty`, with δ = log π − log π_ref, d = log π −
+log π_old and ρ = e^d, of the tokens, whatever the objective's level. Samples come from π_old. An
+estimator may be unbiased in value and point elsewhere in gradient; p is π, q is π_ref, μ is π_old:
+
+    name                value: p = μ / p ≠ μ        gradient: p = μ / p ≠ μ
+    k1                  KL(p‖q) / biased             0 (noise) / −∇KL(μ‖p)
+    k2                  E[δ²/2] / biased             ∇KL(p‖q) / biased
+    k3                  KL(p‖q) / biased             ∇KL(q‖p) / biased
+    absolute            E|δ| / biased                ∇2TV(p, q) / biased
+    straight_through    KL(p‖q) / biased             ∇KL(p‖q) / biased
+    unbiased            KL(p‖q) / KL(p‖q)            ∇KL(p‖q) / ∇KL(p‖q)
+    chi2_minus_kl       χ² − KL / χ² − KL            ∇(χ² − KL) / ∇(χ² − KL)
+    forward_kl          KL(q‖p) / KL(q‖p)            ∇KL(q‖p) / ∇KL(q‖p)
+
+That is for one token; `sequence_unbiased` is the one that is exact for whole responses.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from gpo_jax import _segments
+from gpo_jax._numerics import bound, exp_excess, with_slope
+from gpo_jax.types import Rollout
+
+
+def k1(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes the log-ratio itself: δ.
+
+  Right in value, useless as a loss: on-policy its gradient is pure noise around 0. In the reward it
+  is the textbook choice: `rewards - beta * jnp.sum(mask * (log_probs - ref_log_probs), -1)`.
+
+  Args:
+    ref_log_ratio: δ, any shape.
+    log_ratio: not used.
+    rollout: not used.
+
+  Returns:
+    δ.
+
+  Example:
+    >>> print(k1(jnp.array([0.5]), None, None))
+    [0.5]
+
+  Reference: Schulman (2020), "Approximating KL divergence".
+  """
+  del log_ratio, rollout
+  return ref_log_ratio
+
+
+def k2(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes half the squared log-ratio: δ²/2.
+
+  On-policy its gradient is exactly ∇KL(π‖π_ref); its value is not the KL.
+
+  Args:
+    ref_log_ratio: δ, any shape.
+    log_ratio: not used.
+    rollout: not used.
+
+  Returns:
+    δ²/2 ≥ 0.
+
+  Example:
+    >>> print(k2(jnp.array([2.0]), None, None))
+    [2.]
+
+  Reference: Schulman (2020), "Approximating KL divergence".
+  """
+  del log_ratio, rollout
+  return ref_log_ratio**2 / 2
+
+
+def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes e^−δ + δ − 1, GRPO's penalty, without cancellation.
+
+  On-policy an unbiased, positive estimate of KL(π‖π_ref), but its gradient is ∇KL(π_ref‖π). For the
+  gradient of what it estimates, off-policy too, use `unbiased`.
+
+  Args:
+    ref_log_ratio: δ, any shape.
+    log_ratio: not used.
+    rollout: not used.
+
+  Returns:
+    e^−δ + δ − 1 ≥ 0.
+
+  Example:
+    >>> print(k3(jnp.array([0.0, -1.0]), None, None).round(3))
+    [0.    0.718]
+
+  Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, Eq. 4.
+  """
+  del log_ratio, rollout
+  return exp_excess(-ref_log_ratio)
+
+
+def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes the size of the log-ratio: |δ|.
+
+  On-policy its gradient is that of twice the total variation distance between π and π_ref.
+
+  Args:
+    ref_log_ratio: δ, any shape.
+    log_ratio: not used.
+    rollout: not used.
+
+  Returns:
+    |δ|.
+
+  Example:
+    >>> print(absolute(jnp.array([-0.5]), None, None))
+    [0.5]
+
+  Reference: the `abs` penalty of verl.
+  """
+  del log_ratio, rollout
+  return jnp.abs(ref_log_ratio)
+
+
+def straight_through(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes the value of `k3` and the gradient of `k2`.
+
+      δ²/2 − sg(δ²/2) + sg(e^−δ + δ − 1)
+
+  On-policy both belong to KL(π‖π_ref); off-policy neither does.
+
+  Args:
+    ref_log_ratio: δ, any shape.
+    log_ratio: not used.
+    rollout: not used.
+
+  Returns:
+    e^−δ + δ − 1 ≥ 0.
+
+  Example:
+    >>> print(jax.grad(straight_through)(-1.0, None, None))
+    -1.0
+
+  Reference: the `k3+` penalty of verl.
+  """
+  del log_ratio, rollout
+  return with_slope(exp_excess(-ref_log_ratio), ref_log_ratio, ref_log_ratio)
+
+
+def unbiased(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes ρ(e^−δ + δ − 1) with ρ differentiable: unbiased for KL(π‖π_ref) off-policy as well.
+
+  Computed as sg(ρ(e^−δ + δ − 1)) + sg(ρδ)(log π − sg(log π)), the same value and gradient: added up
+  by autodiff, the two parts of the gradient cancel, and nothing is left of ρδ at δ = −30.
+
+  Args:
+    ref_log_ratio: δ, any shape.
+    log_ratio: d, of the same shape.
+    rollout: not used.
+
+  Returns:
+    ρ(e^−δ + δ − 1) ≥ 0.
+
+  Example:
+    >>> print(jax.grad(lambda x: unbiased(x - 1.0, x, None))(0.0))  # ρδ
+    -1.0
+
+  Reference: DeepSeek-AI (2025, DeepSeek-V3.2), arXiv:2512.02556, Eq. 7.
+  """
+  del rollout
+  ratio = jnp.exp(log_ratio)
+  return with_slope(ratio * exp_excess(-ref_log_ratio), ratio * ref_log_ratio, ref_log_ratio)
+
+
+def sequence_unbiased(
+  ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout
+) -> jax.Array:
+  """Takes ρ_1⋯ρ_t (e^−δ_t + δ_t − 1): unbiased for the KL of whole responses, off-policy as well.
+
+  The sum over a response's tokens estimates KL(π‖π_ref) over responses, value and gradient, from
+  samples of any π_old; token ratios leave the states' distribution at π_old's. The price is
+  variance that grows with length and staleness. Exact with weights that do not differ within a
+  response's
+  length: `sequence_sum`, `constant_length`, `token_mean`, `token_sum`.
+
+  Args:
+    ref_log_ratio: δ_t, `[..., T]`.
+    log_ratio: d_t, `[..., T]`.
+    rollout: its mask and segment_ids are used.
+
+  Returns:
+    The penalties, `[..., T]`, ≥ 0.
+
+  Example:
+    >>> from gpo_jax import Rollout
+    >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
+    >>> log_ratio, ref_log_ratio = jnp.log(jnp.array([2.0, 2.0])), jnp.array([-1.0, -1.0])
+    >>> print(sequence_unbiased(ref_log_ratio, log_ratio, rollout).tolist())
+    [1.437, 2.873]
+  """
+  # Written like `unbiased`: ρ_1⋯ρ_t moves with token t through the identity there, and with the
+  # earlier tokens through `earlier`, whose terms all have one sign and cannot cancel.
+  active = jnp.where(rollout.mask.astype(bool), log_ratio, 0)
+  prefix = _segments.cumsum(active, rollout.segment_ids)
+  ratio, earlier = jnp.exp(bound(prefix)), prefix - active
+  penalty = ratio * exp_excess(-ref_log_ratio)
+  own = with_slope(penalty, ratio * ref_log_ratio, ref_log_ratio)
+  return own + with_slope(jnp.zeros_like(penalty), penalty, earlier)
+
+
+def sequence_k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes `k3` of the whole response: δ = Σ_t δ_t, at every token of it.
+
+  Args:
+    ref_log_ratio: δ_t, `[..., T]`.
+    log_ratio: not used.
+    rollout: its mask and segment_ids are used.
+
+  Returns:
+    e^−δ + δ − 1 ≥ 0 of the response, `[..., T]`.
+
+  Example:
+    >>> from gpo_jax import Rollout
+    >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
+    >>> print(sequence_k3(jnp.array([-0.5, -0.5]), None, rollout).round(3))
+    [0.718 0.718]
+
+  Reference: DeepSeek-AI (2025, DeepSeek-R1), arXiv:2501.12948, the KL term over whole outputs.
+  """
+  active = jnp.where(rollout.mask.astype(bool), ref_log_ratio, 0)
+  return k3(bound(_segments.total(active, rollout.segment_ids)), log_ratio, rollout)
+
+
+def chi2_minus_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes ρ(r − log r − 1) with r = π/π_ref: the written specification's penalty.
+
+  Unbiased for χ²(π‖π_ref) − KL(π‖π_ref) for every π_old. Below r = 0.203 it rewards pushing a token
+  further down; `unbiased` is the KL.
+
+  Args:
+    ref_log_ratio: δ = log r, any shape.
+    log_ratio: d, of the same shape.
+    rollout: not used.
+
+  Returns:
+    ρ(e^δ − δ − 1) ≥ 0.
+
+  Example:
+    >>> print(chi2_minus_kl(jnp.array([1.0]), jnp.array([0.0]), None).round(3))
+    [0.718]
+
+  Reference: the module `gpo_jax.specification`.
+  """
+  del rollout
+  return jnp.exp(log_ratio) * exp_excess(ref_log_ratio)
+
+
+def forward_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes (π_ref/π_old)(r − log r − 1) with r = π/π_ref: unbiased for KL(π_ref‖π).
+
+  The weight π_ref/π_old does not depend on the policy.
+
+  Args:
+    ref_log_ratio: δ = log r, any shape.
+    log_ratio: d, of the same shape.
+    rollout: not used.
+
+  Returns:
+    e^(d−δ) (e^δ − δ − 1) ≥ 0.
+
+  Example:
+    >>> print(forward_kl(jnp.array([1.0]), jnp.array([1.0]), None).round(3))
+    [0.718]
+
+  Reference: Schulman (2020), "Approximating KL divergence", with samples reweighted to π_ref.
+  """
+  del rollout
+  weight = jnp.exp(bound(jax.lax.stop_gradient(log_ratio - ref_log_ratio)))
+  return weight * exp_excess(ref_log_ratio)

@@ -1,0 +1,80 @@
+"""Metrics of a step, from the terms that an objective returns beside the loss."""
+
+import jax
+import jax.numpy as jnp
+
+from gpo_jax import _checks
+from gpo_jax._numerics import MAX_LOG_RATIO, bound, exp_excess
+from gpo_jax.types import Rollout, Terms
+
+
+def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
+  """Reduces the terms of a step to scalars.
+
+  Sums are over active tokens and all of a call's arrays, so call it once on everything that an
+  optimizer step saw: terms of microbatches concatenate as the rollout does. What is not called
+  costs
+  nothing: compiled code drops the terms that nobody reads.
+
+  Args:
+    terms: from the objective, `[..., G, T]` each.
+    rollout: the rollout it was called with.
+
+  Returns:
+    Scalars by name. Weighted sums, like the loss: `loss`, `surrogate`, `divergence` (with one).
+    Means over active tokens: `clip_fraction` (no gradient although A ≠ 0; `_low` for ρ < 1, `_high`
+    for ρ > 1), `ratio_mean`, `old_kl` (estimates KL(π_old‖π)), `zero_advantage_fraction`,
+    `bounded_fraction` (|log ρ| at the bound of 20), `factor_mean` (with corrections), `sampler_kl`
+    (estimates KL(μ‖π_old), with both log-probabilities). Over active tokens: `ratio_max`,
+    `ratio_min` and `effective_sample_size`, (Σρ)²/(NΣρ²) in (0, 1]. ρ is at the objective's level.
+    A batch without a token has 0 for all.
+
+  Raises:
+    ValueError: where the rollout does not fit the terms.
+
+  Example:
+    >>> import gpo_jax as gpo
+    >>> objective = gpo.dapo()
+    >>> rollout = objective.prepare([[1.0, 0.0]], jnp.ones((1, 2, 1)), jnp.zeros((1, 2, 1)))
+    >>> _, terms = objective(jnp.array([[[0.5], [0.0]]]), rollout)
+    >>> metrics = gpo.summarize(terms, rollout)
+    >>> print(metrics["clip_fraction_high"], metrics["ratio_max"].round(2))
+    0.5 1.65
+  """
+  _, rollout = _checks.clean(terms.loss, rollout)
+  mask, weights = rollout.mask, rollout.weights
+  count = jnp.maximum(jnp.sum(mask.astype(weights.dtype)), 1)
+
+  def weighted(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(mask, weights * x, 0))
+
+  def mean(x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.where(mask, x, 0).astype(weights.dtype)) / count
+
+  ratio = jnp.where(mask, jnp.exp(terms.log_ratio), 0)
+  idle = jnp.broadcast_to(rollout.advantages, mask.shape) == 0
+  clipped = (terms.gate == 0) & ~idle
+  empty = ~jnp.any(mask)
+  total = jnp.sum(ratio)
+  metrics = {
+    "loss": weighted(terms.loss),
+    "surrogate": weighted(terms.surrogate),
+    "clip_fraction": mean(clipped),
+    "clip_fraction_low": mean(clipped & (terms.log_ratio < 0)),
+    "clip_fraction_high": mean(clipped & (terms.log_ratio > 0)),
+    "ratio_mean": total / count,
+    "ratio_max": jnp.max(ratio),
+    "ratio_min": jnp.where(empty, 0, jnp.min(jnp.where(mask, ratio, jnp.inf))),
+    "old_kl": mean(exp_excess(terms.token_log_ratio)),
+    "effective_sample_size": total**2 / count / jnp.where(empty, 1, jnp.sum(ratio**2)),
+    "bounded_fraction": mean(jnp.abs(terms.log_ratio) >= MAX_LOG_RATIO),
+    "zero_advantage_fraction": mean(idle),
+  }
+  if terms.divergence is not None:
+    metrics["divergence"] = weighted(terms.divergence)
+  if terms.factor is not None:
+    metrics["factor_mean"] = mean(terms.factor)
+  if rollout.sampler_log_probs is not None and rollout.old_log_probs is not None:
+    log_weight = bound(rollout.old_log_probs - rollout.sampler_log_probs)
+    metrics["sampler_kl"] = mean(exp_excess(log_weight))
+  return metrics

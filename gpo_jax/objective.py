@@ -1,0 +1,275 @@
+"""The composable objective: an algorithm is a choice of functions for its slots.
+
+loss = Σ_t weight_t (−factor_t surrogate(level(log_ratio))_t + β divergence_t)
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.tree_util import GetAttrKey, Partial
+
+from gpo_jax import _checks, levels, weightings
+from gpo_jax._numerics import bound
+from gpo_jax.advantages import by_group
+from gpo_jax.types import (
+  Advantage,
+  Correction,
+  Divergence,
+  Level,
+  Rollout,
+  Surrogate,
+  Terms,
+  Weighting,
+)
+
+_RESPONSE_LEVELS = (levels.sequence, levels.sequence_sum, levels.geometric)
+_TOKEN_WEIGHTINGS = (weightings.token_mean, weightings.constant_length, weightings.token_sum)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Objective:
+  """A policy objective, put together from one function per slot.
+
+      loss = Σ_t w_t (−factor_t · surrogate(level(log_ratio), A)_t + β · divergence_t)
+
+  An objective is a pytree: the numbers bound to its functions (`functools.partial(clip,
+  epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
+  once, `jax.vmap` over objectives is a sweep and `jax.grad` through one gives meta-gradients.
+
+  Attributes:
+    surrogate: `(log_ratio, advantages) -> objective`, to be maximised; see `gpo_jax.surrogates`.
+    level: `(log_ratio, rollout) -> log_ratio`; see `gpo_jax.levels`.
+    advantage: `(rewards, where) -> advantages`; see `gpo_jax.advantages`.
+    weighting: `(mask, segment_ids) -> weights`; see `gpo_jax.weightings`.
+    divergence: `(ref_log_ratio, log_ratio, rollout) -> penalty`; None for no reference policy.
+    beta: the divergence's weight, a scalar; None with no divergence.
+    corrections: `(log_probs, rollout) -> factor` each; see `gpo_jax.corrections`.
+    allow_token_weighting: set it to weigh responses by length under a response's ratio, on purpose.
+
+  Raises:
+    ValueError: for a divergence without beta or the reverse, a slot that is no function, and a
+      response-level ratio under a token-level weighting unless allowed.
+
+  Example:
+    >>> from functools import partial
+    >>> import gpo_jax as gpo
+    >>> objective = gpo.Objective(
+    ...   surrogate=partial(gpo.surrogates.clip, epsilon_low=0.2),
+    ...   level=gpo.levels.token,
+    ...   advantage=gpo.advantages.center,
+    ...   weighting=gpo.weightings.token_mean,
+    ... )
+    >>> rollout = objective.prepare(rewards=jnp.array([[1.0, 0.0]]), mask=jnp.ones((1, 2, 3)))
+    >>> loss, terms = objective(jnp.full((1, 2, 3), -1.5), rollout)
+    >>> print(loss, terms.gate[0, :, 0])
+    0.0 [ 0.5 -0.5]
+  """
+
+  surrogate: Surrogate
+  level: Level
+  advantage: Advantage
+  weighting: Weighting
+  divergence: Divergence | None = None
+  beta: chex.Numeric | None = None
+  corrections: tuple[Correction, ...] = ()
+  allow_token_weighting: bool = False
+
+  def __post_init__(self):
+    """Makes the slots leaves and structure, and refuses combinations that mean nothing."""
+    for name in ("surrogate", "level", "advantage", "weighting", "divergence"):
+      value = getattr(self, name)
+      if value is None and name == "divergence":
+        continue
+      if not callable(value):
+        raise ValueError(f"{name} must be a function; got {value!r:.60}")
+      object.__setattr__(self, name, _as_data(name, value))
+    object.__setattr__(self, "beta", _as_data("beta", self.beta))
+    corrections = tuple(_as_data("corrections", correction) for correction in self.corrections)
+    object.__setattr__(self, "corrections", corrections)
+    if (self.divergence is None) != (self.beta is None):
+      raise ValueError(
+        f"divergence and beta go together; got divergence={_describe(self.divergence)}, "
+        f"beta={_describe(self.beta)}. Give both, or neither for no reference policy"
+      )
+    level, weighting = _function(self.level), _function(self.weighting)
+    mixed = level in _RESPONSE_LEVELS and weighting in _TOKEN_WEIGHTINGS
+    if mixed and not self.allow_token_weighting:
+      raise ValueError(
+        f"level={_describe(self.level)} gives every token its response's ratio, so that "
+        f"weighting={_describe(self.weighting)} would count a response once per token. Use "
+        "weightings.sequence_mean (GSPO), weightings.sequence_sum (LUSPO) or "
+        "levels.sequence_token, or set allow_token_weighting=True"
+      )
+
+  def prepare(
+    self,
+    rewards: jax.Array,
+    mask: jax.Array,
+    old_log_probs: jax.Array | None = None,
+    *,
+    ref_log_probs: jax.Array | None = None,
+    sampler_log_probs: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    group_ids: jax.Array | None = None,
+  ) -> Rollout:
+    """Computes advantages and weights, once, over all that one optimizer step sees.
+
+    A response without an active token is left out of its group's statistics. To compute advantages
+    in another way, build the `Rollout` yourself or replace its field.
+
+    Args:
+      rewards: `[..., G]`, G samples of one prompt along the last axis; of packed rows `[..., S]`,
+        the reward of segment s of a row at s − 1.
+      mask: the tokens that count, `[..., G, T]`, bool or 0/1.
+      old_log_probs: log π_old, `[..., G, T]`; None where that is the current policy.
+      ref_log_probs: log π_ref, `[..., G, T]`; needed for a divergence.
+      sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; needed by corrections.
+      segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in order, 0 for padding.
+      group_ids: the prompt of each reward, of rewards' shape, for groups that are not the last
+        axis.
+
+    Returns:
+      A `Rollout`, to be passed to the objective whole or cut along its row axes.
+
+    Raises:
+      ValueError: where shapes do not fit.
+    """
+    rewards = jnp.asarray(_checks.as_array("rewards", rewards))
+    mask = _checks.as_mask("mask", mask)
+    if segment_ids is None:
+      present = jnp.any(mask, axis=-1)
+    else:
+      segment_ids = _checks.as_ids("segment_ids", segment_ids, mask)
+      segments = jnp.arange(1, rewards.shape[-1] + 1) if rewards.ndim else jnp.ones(1, int)
+      one_hot = jnp.expand_dims(segment_ids, -1) == segments.reshape((1,) * mask.ndim + (-1,))
+      present = jnp.any(jnp.expand_dims(mask, -1) & one_hot, axis=-2)
+    if rewards.shape[max(rewards.ndim - present.ndim, 0) :] != present.shape:
+      raise ValueError(
+        f"rewards must have one value per response, {list(present.shape)} for mask "
+        f"{list(mask.shape)}; got rewards {list(rewards.shape)}"
+      )
+    if group_ids is None:
+      advantages = self.advantage(rewards, present)
+    else:
+      advantages = by_group(self.advantage, rewards, group_ids, present)
+    if segment_ids is not None:
+      index = jnp.clip(segment_ids - 1, 0)
+      advantages = jnp.take_along_axis(advantages, index, axis=-1, mode="fill", fill_value=jnp.nan)
+    rollout = Rollout(
+      advantages=advantages,
+      mask=mask,
+      weights=self.weighting(mask, segment_ids),
+      old_log_probs=old_log_probs,
+      ref_log_probs=ref_log_probs,
+      sampler_log_probs=sampler_log_probs,
+      segment_ids=segment_ids,
+    )
+    return _checks.check_rollout(rollout)
+
+  def __call__(self, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
+    """Computes the loss, to be minimised, and the terms it is made of.
+
+    Args:
+      log_probs: log π of the sampled tokens under the current policy, `[..., G, T]`, floats.
+      rollout: from `prepare`, whole or a cut of it.
+
+    Returns:
+      The scalar loss: over the cuts of a rollout the losses, and their gradients, add up. And
+      `Terms`, per token, for `summarize`.
+
+    Raises:
+      ValueError: where shapes or dtypes do not fit, or the rollout lacks what a slot needs.
+    """
+    log_probs, rollout = _checks.clean(log_probs, rollout)
+    slots = jax.tree.map(lambda leaf: leaf.astype(log_probs.dtype), self)
+    fixed = jax.lax.stop_gradient(log_probs)
+    old_log_probs = fixed if rollout.old_log_probs is None else rollout.old_log_probs
+    token_log_ratio = log_probs - old_log_probs
+    log_ratio = bound(slots.level(token_log_ratio, rollout))
+
+    surrogate, gate = jax.jvp(
+      lambda x: _checks.like("surrogate", slots.surrogate(x, rollout.advantages), x),
+      (log_ratio,),
+      (jnp.ones_like(log_ratio),),
+    )
+    loss, factor, divergence = -surrogate, None, None
+    factors = [correction(fixed, rollout) for correction in slots.corrections]
+    if rollout.factor is not None:
+      factors.append(rollout.factor)
+    if factors:
+      factor = jax.lax.stop_gradient(functools.reduce(jnp.multiply, factors))
+      loss = -_checks.like("corrections", factor, log_probs) * surrogate
+    token_log_ratio = bound(token_log_ratio)
+    if slots.divergence is not None:
+      if rollout.ref_log_probs is None:
+        raise ValueError(
+          f"divergence={_describe(self.divergence)} needs rollout.ref_log_probs: pass "
+          "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
+        )
+      ref_log_ratio = bound(log_probs - rollout.ref_log_probs)
+      divergence = slots.divergence(ref_log_ratio, token_log_ratio, rollout)
+      loss = loss + slots.beta * _checks.like("divergence", divergence, log_probs)
+
+    terms = Terms(loss, surrogate, gate, log_ratio, token_log_ratio, divergence, factor)
+    total = jnp.sum(jnp.where(rollout.mask, rollout.weights * loss, 0))
+    return total, jax.lax.stop_gradient(terms)
+
+  def replace(self, **slots: Any) -> "Objective":
+    """Returns a copy with these slots replaced."""
+    return dataclasses.replace(self, **slots)
+
+  def __repr__(self) -> str:
+    """Shows the expression that makes this objective."""
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    shown = {k: v for k, v in fields.items() if v is not None and v != () and v is not False}
+    return f"Objective({', '.join(f'{k}={_describe(v)}' for k, v in shown.items())})"
+
+  def tree_flatten_with_keys(self):
+    """Splits the objective into its slots and its structure."""
+    names = [field.name for field in dataclasses.fields(self)][:-1]
+    children = [(GetAttrKey(name), getattr(self, name)) for name in names]
+    return children, (tuple(names), self.allow_token_weighting)
+
+  @classmethod
+  def tree_unflatten(cls, structure, children) -> "Objective":
+    """Puts the slots back as they are: JAX fills them with more than numbers."""
+    names, allow_token_weighting = structure
+    self = object.__new__(cls)
+    slots = dict(zip(names, children, strict=True))
+    for name, value in (slots | {"allow_token_weighting": allow_token_weighting}).items():
+      object.__setattr__(self, name, value)
+    return self
+
+
+def _as_data(name: str, value: Any) -> Any:
+  """Makes functions `Partial`s of arrays, so that numbers are leaves and functions structure."""
+  if value is None:
+    return None
+  if isinstance(value, functools.partial):
+    args = [_as_data(name, arg) for arg in value.args]
+    return Partial(value.func, *args, **{k: _as_data(k, v) for k, v in value.keywords.items()})
+  if callable(value):
+    return Partial(value)
+  return _checks.as_parameter(name, value)
+
+
+def _function(slot: Any) -> Any:
+  return slot.func
+
+
+def _describe(value: Any) -> str:
+  if isinstance(value, Partial):
+    name = getattr(value.func, "__name__", type(value.func).__name__)
+    args = [_describe(arg) for arg in value.args]
+    args += [f"{k}={_describe(v)}" for k, v in value.keywords.items()]
+    return f"{name}({', '.join(args)})" if args else name
+  if isinstance(value, tuple):
+    return f"({''.join(_describe(item) + ', ' for item in value).strip()})"
+  if getattr(value, "shape", None) == () and not isinstance(value, jax.core.Tracer):
+    return f"{float(value):.6g}"
+  return str(value)

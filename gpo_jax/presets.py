@@ -1,0 +1,531 @@
+"""Algorithms, each one expression: the paper's choices of functions, its constants as defaults.
+
+Every preset returns an `Objective`; `.replace(slot=…)` turns it into the next one. Where a preset
+has `beta`, None removes the divergence and with it the need for a reference policy.
+"""
+
+from functools import partial
+
+import chex
+
+from gpo_jax import advantages, corrections, divergences, levels, surrogates, weightings
+from gpo_jax.objective import Objective
+
+
+def gpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.01) -> Objective:
+  """The written specification, on tokens: a clipped surrogate and an importance-weighted penalty.
+
+  Its penalty is χ² − KL, stricter than a KL on tokens that the reference finds unlikely. Choose it
+  to match `gpo_objective`; for a KL choose `deepseek_v32` or
+  `.replace(divergence=divergences.unbiased)`.
+
+  Args:
+    epsilon: half-width of the clip range.
+    beta: weight of the penalty.
+
+  Returns:
+    The objective. With advantages given, its loss is −`gpo_objective` over the active tokens.
+
+  Example:
+    >>> gpo().divergence.func is divergences.chi2_minus_kl
+    True
+
+  Reference: the module `gpo_jax.specification`.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    level=levels.token,
+    advantage=advantages.standardize,
+    weighting=weightings.token_mean,
+    divergence=None if beta is None else divergences.chi2_minus_kl,
+    beta=beta,
+  )
+
+
+def grpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.04) -> Objective:
+  """GRPO: rewards standardised in their group take the place of a value function.
+
+  Every response weighs the same, so a token of a long one weighs less. Choose it as the baseline
+  that every other paper compares with.
+
+  Args:
+    epsilon: half-width of the clip range.
+    beta: weight of the divergence `k3`.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> print(grpo(beta=None))
+    Objective(surrogate=clip(epsilon_low=0.2), level=token, advantage=standardize, ...)
+
+  Reference: Shao et al. (2024), arXiv:2402.03300, Eq. 3 and 4.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    level=levels.token,
+    advantage=advantages.standardize,
+    weighting=weightings.sequence_mean,
+    divergence=None if beta is None else divergences.k3,
+    beta=beta,
+  )
+
+
+def dr_grpo(*, length: chex.Numeric, epsilon: chex.Numeric = 0.2) -> Objective:
+  """Dr. GRPO: no division by the group's standard deviation, none by the response's own length.
+
+  Bad answers no longer gain by being long, nor easy and hard prompts by being one-sided. Choose it
+  when responses grow longer without growing better.
+
+  Args:
+    length: a constant length, the longest allowed response; never the padded width.
+    epsilon: half-width of the clip range.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> dr_grpo(length=1024).weighting.func is weightings.constant_length
+    True
+
+  Reference: Liu et al. (2025), arXiv:2503.20783.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    level=levels.token,
+    advantage=advantages.center,
+    weighting=partial(weightings.constant_length, length=length),
+  )
+
+
+def dapo(*, epsilon_low: chex.Numeric = 0.2, epsilon_high: chex.Numeric = 0.28) -> Objective:
+  """DAPO: more room upwards than downwards, every token of the batch of one weight, no reference.
+
+  Unlikely tokens of good answers can rise further before they are clipped, which keeps entropy up.
+  Choose it for long reasoning; drop groups without variance before the step, as the paper does.
+
+  Args:
+    epsilon_low: how far a ratio may fall.
+    epsilon_high: how far a ratio may rise.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> dapo().divergence is None
+    True
+
+  Reference: Yu et al. (2025), arXiv:2503.14476, Eq. 8.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon_low, epsilon_high=epsilon_high),
+    level=levels.token,
+    advantage=advantages.standardize,
+    weighting=weightings.token_mean,
+  )
+
+
+def gspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4) -> Objective:
+  """GSPO: one ratio per response, the geometric mean of its tokens', clipped as a whole.
+
+  Token ratios that disagree between engines or experts average out. Choose it for mixtures of
+  experts and long responses; its clip range is a thousand times narrower than a token's.
+
+  Args:
+    epsilon_low: how far a response's ratio may fall.
+    epsilon_high: how far it may rise.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> gspo().level.func is levels.sequence
+    True
+
+  Reference: Zheng et al. (2025), arXiv:2507.18071, Eq. 5 to 7.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon_low, epsilon_high=epsilon_high),
+    level=levels.sequence,
+    advantage=advantages.standardize,
+    weighting=weightings.sequence_mean,
+  )
+
+
+def gspo_token(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4) -> Objective:
+  """GSPO-token: GSPO's ratio in value, each token's own gradient.
+
+  The same as `gspo` while a response has one advantage. Choose it when advantages differ from token
+  to token.
+
+  Args:
+    epsilon_low: how far a response's ratio may fall.
+    epsilon_high: how far it may rise.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> gspo_token().level.func is levels.sequence_token
+    True
+
+  Reference: Zheng et al. (2025), arXiv:2507.18071, Eq. 13 and 14.
+  """
+  return gspo(epsilon_low=epsilon_low, epsilon_high=epsilon_high).replace(
+    level=levels.sequence_token
+  )
+
+
+def cispo(*, high: chex.Numeric = 4.0, low: chex.Numeric | None = None) -> Objective:
+  """CISPO: clips the importance weight, never the token; every token keeps a gradient.
+
+  Rare tokens at forks of the reasoning, which a clip would silence first, go on learning. Choose it
+  when many updates are made on one batch.
+
+  Args:
+    high: the largest weight, an absolute bound > 1. The paper does not disclose its own; 4 is
+      tinker-cookbook's.
+    low: the smallest weight, an absolute bound; None for none.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> cispo(high=5.0).surrogate.func is surrogates.cispo
+    True
+
+  Reference: MiniMax (2025), arXiv:2506.13585, Eq. 4 and 5.
+  """
+  return Objective(
+    surrogate=partial(surrogates.cispo, low=low, high=high),
+    level=levels.token,
+    advantage=advantages.standardize,
+    weighting=weightings.token_mean,
+  )
+
+
+def sapo(*, temperature_pos: chex.Numeric = 1.0, temperature_neg: chex.Numeric = 1.05) -> Objective:
+  """SAPO: a smooth gate in place of the clip, a little narrower for bad samples.
+
+  Gradients fade as a ratio leaves 1 instead of stopping at a limit. Choose it when the clip's edge
+  makes training unsteady.
+
+  Args:
+    temperature_pos: the gate's temperature for good samples; larger fades faster.
+    temperature_neg: the same for bad samples.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> sapo().surrogate.func is surrogates.sapo
+    True
+
+  Reference: Gao et al. (2025), arXiv:2511.20347.
+  """
+  return Objective(
+    surrogate=partial(
+      surrogates.sapo, temperature_pos=temperature_pos, temperature_neg=temperature_neg
+    ),
+    level=levels.token,
+    advantage=advantages.standardize,
+    weighting=weightings.sequence_mean,
+  )
+
+
+def gmpo(*, clip: chex.Numeric = 0.4) -> Objective:
+  """GMPO: the geometric mean of token ratios, each clipped in log space first.
+
+  One outlying token cannot swing its response, and the clip range can be wide. Choose it between
+  `grpo` and `gspo`.
+
+  Args:
+    clip: the limit on a token's log-ratio.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> gmpo().level.func is levels.geometric
+    True
+
+  Reference: Zhao et al. (2025), arXiv:2507.20673.
+  """
+  return Objective(
+    surrogate=surrogates.importance_weighted,
+    level=partial(levels.geometric, clip=clip),
+    advantage=advantages.standardize,
+    weighting=weightings.sequence_mean,
+  )
+
+
+def rloo() -> Objective:
+  """RLOO: REINFORCE on whole responses, each against the mean of the others.
+
+  Its expected gradient is the policy gradient, with no bias from the baseline. Choose it on-policy,
+  one update per batch; put a KL penalty in the reward.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> rloo().advantage.func is advantages.leave_one_out
+    True
+
+  Reference: Ahmadian et al. (2024), arXiv:2402.14740.
+  """
+  return Objective(
+    surrogate=surrogates.reinforce,
+    level=levels.token,
+    advantage=advantages.leave_one_out,
+    weighting=weightings.sequence_sum,
+  )
+
+
+def reinforce_plus_plus(*, epsilon: chex.Numeric = 0.2) -> Objective:
+  """REINFORCE++: rewards standardised over the whole batch, under PPO's clip.
+
+  No group is needed. Choose it for one response per prompt and many prompts; put a KL penalty in
+  the reward.
+
+  Args:
+    epsilon: half-width of the clip range.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> reinforce_plus_plus().advantage.func is advantages.batch_standardize
+    True
+
+  Reference: Hu et al. (2025), arXiv:2501.03262.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    level=levels.token,
+    advantage=advantages.batch_standardize,
+    weighting=weightings.token_mean,
+  )
+
+
+def deepseek_v32(
+  *,
+  epsilon: chex.Numeric = 0.2,
+  beta: chex.Numeric | None = 0.001,
+  threshold: chex.Numeric = 0.5,
+) -> Objective:
+  """DeepSeek-V3.2: GRPO with the unbiased KL, and without bad responses that have drifted away.
+
+  The penalty's gradient is that of the KL off-policy too, and stale negatives stop pushing. Choose
+  it off-policy with a reference policy. The paper does not disclose β and δ: those here are ours.
+
+  Args:
+    epsilon: half-width of the clip range.
+    beta: weight of the divergence `unbiased`.
+    threshold: δ of `off_policy_sequence_mask`, in nats per token.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> deepseek_v32().divergence.func is divergences.unbiased
+    True
+
+  Reference: DeepSeek-AI (2025), arXiv:2512.02556, Eq. 7 to 9.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    level=levels.token,
+    advantage=advantages.center,
+    weighting=weightings.sequence_mean,
+    divergence=None if beta is None else divergences.unbiased,
+    beta=beta,
+    corrections=(partial(corrections.off_policy_sequence_mask, threshold=threshold),),
+  )
+
+
+def r1(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.001) -> Objective:
+  """DeepSeek-R1 as it is written: the ratio, and k3, of whole responses, not divided by length.
+
+  Ratios of long responses leave any clip range at once, so it is an on-policy objective. Choose it
+  to reproduce the paper's equations; β is the paper's, ε is GRPO's.
+
+  Args:
+    epsilon: half-width of the clip range.
+    beta: weight of the divergence `sequence_k3`.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> r1().level.func is levels.sequence_sum
+    True
+
+  Reference: DeepSeek-AI (2025), arXiv:2501.12948.
+  """
+  return Objective(
+    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    level=levels.sequence_sum,
+    advantage=advantages.standardize,
+    weighting=weightings.sequence_mean,
+    divergence=None if beta is None else divergences.sequence_k3,
+    beta=beta,
+  )
+
+
+def vespo(
+  *,
+  k_pos: chex.Numeric = 2.0,
+  lambda_pos: chex.Numeric = 3.0,
+  k_neg: chex.Numeric = 3.0,
+  lambda_neg: chex.Numeric = 2.0,
+) -> Objective:
+  """VESPO: a smooth kernel of the whole response's ratio, instead of a clip.
+
+  It needs no division by length and fades stale responses out, bad ones sooner. Choose it for
+  asynchronous training with large staleness.
+
+  Args:
+    k_pos: k of the kernel where A ≥ 0.
+    lambda_pos: λ of the kernel where A ≥ 0.
+    k_neg: k of the kernel where A < 0.
+    lambda_neg: λ of the kernel where A < 0.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> vespo().corrections[0].func is corrections.vespo
+    True
+
+  Reference: Shen et al. (2026), arXiv:2602.10693; weighted by token, as in TRL.
+  """
+  kernel = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
+  return Objective(
+    surrogate=surrogates.reinforce,
+    level=levels.token,
+    advantage=advantages.standardize,
+    weighting=weightings.token_mean,
+    corrections=(partial(corrections.vespo, **kernel),),
+  )
+
+
+def luspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4) -> Objective:
+  """LUSPO: GSPO with each response multiplied by its length.
+
+  GSPO shrinks a long response's gradient by its length; this gives it back, and on-policy it is the
+  policy gradient. Choose it when GSPO's responses shorten.
+
+  Args:
+    epsilon_low: how far a response's ratio may fall.
+    epsilon_high: how far it may rise.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> luspo().weighting.func is weightings.sequence_sum
+    True
+
+  Reference: LUSPO (2026), arXiv:2602.05261.
+  """
+  return gspo(epsilon_low=epsilon_low, epsilon_high=epsilon_high).replace(
+    weighting=weightings.sequence_sum
+  )
+
+
+def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
+  """DPPO: clips by how far a token's probability has moved, not by its ratio.
+
+  A rare token's ratio may be large while nothing has moved, and a likely token's small while much
+  has. Choose it where ratios of rare tokens are clipped too often.
+
+  Args:
+    threshold: the largest change of a token's probability.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> dppo().corrections[0].func is corrections.total_variation_mask
+    True
+
+  Reference: DPPO (2026), arXiv:2602.04879, the binary total variation form.
+  """
+  return Objective(
+    surrogate=surrogates.importance_weighted,
+    level=levels.token,
+    advantage=advantages.standardize,
+    weighting=weightings.token_mean,
+    corrections=(partial(corrections.total_variation_mask, threshold=threshold),),
+  )
+
+
+def topr() -> Objective:
+  """TOPR: REINFORCE with bad responses tapered by their likelihood ratio, good ones left alone.
+
+  Good samples teach even when they are old, bad ones stop once they are unlikely. Choose it for
+  fully off-policy data.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> topr().corrections[0].func is corrections.topr
+    True
+
+  Reference: Le Roux et al. (2025), arXiv:2503.14286.
+  """
+  return Objective(
+    surrogate=surrogates.reinforce,
+    level=levels.token,
+    advantage=advantages.center,
+    weighting=weightings.sequence_sum,
+    corrections=(corrections.topr,),
+  )
+
+
+def gpg() -> Objective:
+  """GPG: the plain policy gradient with the group's mean as baseline, averaged over tokens.
+
+  No ratio, no clip, no reference. Choose it on-policy when simplicity counts. (The paper's factor
+  for groups without variance is left to you: a constant times the advantages.)
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> gpg().surrogate.func is surrogates.reinforce
+    True
+
+  Reference: Chu et al. (2025), arXiv:2504.02546.
+  """
+  return Objective(
+    surrogate=surrogates.reinforce,
+    level=levels.token,
+    advantage=advantages.center,
+    weighting=weightings.token_mean,
+  )
+
+
+def max_rl() -> Objective:
+  """MaxRL: advantages divided by the group's success rate, towards maximum likelihood of success.
+
+  Prompts that are almost never solved count the more when they are. Choose it on-policy with 0/1
+  rewards and many samples per prompt.
+
+  Returns:
+    The objective.
+
+  Example:
+    >>> max_rl().advantage.func is advantages.max_rl
+    True
+
+  Reference: MaxRL (2026), arXiv:2602.02710.
+  """
+  return Objective(
+    surrogate=surrogates.reinforce,
+    level=levels.token,
+    advantage=advantages.max_rl,
+    weighting=weightings.sequence_sum,
+  )

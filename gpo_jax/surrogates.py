@@ -1,0 +1,227 @@
+"""Surrogates: what a token contributes to the objective, to be maximised.
+
+Each is `(log_ratio, advantages, *, …) -> objective`, elementwise, with ρ = exp(log_ratio).
+On-policy, at ρ = 1, every one of them has ∂/∂log_ratio = A.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from gpo_jax._numerics import with_slope
+
+
+def _confine(log_ratio: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+  # A token exactly at a limit keeps its gradient; jnp.clip alone would pass half of it. A NaN on
+  # either side is not "inside", and jnp.clip hands it on.
+  inside = (log_ratio >= low) & (log_ratio <= high)
+  return jnp.where(inside, log_ratio, jnp.clip(log_ratio, low, high))
+
+
+def _log_limits(epsilon_low: chex.Numeric, epsilon_high: chex.Numeric | None):
+  epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+  return jnp.log(jnp.maximum(1 - jnp.asarray(epsilon_low), 0)), jnp.log1p(epsilon_high)
+
+
+def clip(
+  log_ratio: jax.Array,
+  advantages: jax.Array,
+  *,
+  epsilon_low: chex.Numeric = 0.2,
+  epsilon_high: chex.Numeric | None = None,
+  max_ratio: chex.Numeric | None = None,
+) -> jax.Array:
+  """Clips the ratio where moving further would raise the objective.
+
+      min(ρA, clip(ρ, 1−ε_low, 1+ε_high) A);   with `max_ratio`, ρ is min(ρ, max_ratio) in its first
+      place
+
+  At a limit the gradient is the unclipped branch's.
+
+  Args:
+    log_ratio: log ρ, any shape.
+    advantages: A, of the same shape, or one that broadcasts to it.
+    epsilon_low: ε_low > 0.
+    epsilon_high: ε_high > 0; ε_low if None.
+    max_ratio: a cap on ρ > 1+ε_high for A < 0, where the clip leaves it unbounded; None for no cap.
+
+  Returns:
+    The objective, of log_ratio's shape.
+
+  Example:
+    >>> log_ratio = jnp.log(jnp.array([1.5, 0.5, 1.5, 0.5]))
+    >>> advantages = jnp.array([1.0, 1.0, -1.0, -1.0])
+    >>> print(clip(log_ratio, advantages, epsilon_low=0.25, epsilon_high=0.25))
+    [ 1.25  0.5  -1.5  -0.75]
+
+  Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 7; unequal limits, Yu et al. (2025,
+    DAPO),
+  arXiv:2503.14476, Eq. 8; the cap, INTELLECT-2 (2025), arXiv:2505.07291.
+  """
+  low, high = _log_limits(epsilon_low, epsilon_high)
+  positive = advantages > 0
+  cap = jnp.inf if max_ratio is None else jnp.log(max_ratio)
+  low = jnp.where(positive, -jnp.inf, low)
+  high = jnp.where(positive, jnp.minimum(high, cap), cap)
+  return jnp.exp(_confine(log_ratio, low, high)) * advantages
+
+
+def dual_clip(
+  log_ratio: jax.Array,
+  advantages: jax.Array,
+  *,
+  epsilon_low: chex.Numeric = 0.2,
+  epsilon_high: chex.Numeric | None = None,
+  bound: chex.Numeric = 3.0,
+) -> jax.Array:
+  """Clips as `clip` does, and bounds what a bad sample can cost: `bound` times its advantage.
+
+      A ≥ 0: min(ρA, clip(ρ)A);   A < 0: max(min(ρA, clip(ρ)A), bound·A)
+
+  Args:
+    log_ratio: log ρ, any shape.
+    advantages: A, of the same shape, or one that broadcasts to it.
+    epsilon_low: ε_low > 0.
+    epsilon_high: ε_high > 0; ε_low if None.
+    bound: c > 1.
+
+  Returns:
+    The objective, of log_ratio's shape.
+
+  Example:
+    >>> print(dual_clip(jnp.log(jnp.array([8.0, 8.0])), jnp.array([1.0, -1.0]), epsilon_low=0.25))
+    [ 1.25 -3.  ]
+
+  Reference: Ye et al. (2020), arXiv:1912.09729, Eq. 5.
+  """
+  cap = jnp.where(advantages < 0, bound, jnp.inf)
+  return clip(
+    log_ratio, advantages, epsilon_low=epsilon_low, epsilon_high=epsilon_high, max_ratio=cap
+  )
+
+
+def cispo(
+  log_ratio: jax.Array,
+  advantages: jax.Array,
+  *,
+  low: chex.Numeric | None = None,
+  high: chex.Numeric,
+) -> jax.Array:
+  """Clips the importance weight and lets every token keep a gradient.
+
+      sg(clip(ρ, low, high)) · A · log π      (up to a constant: log_ratio stands for log π)
+
+  Args:
+    log_ratio: log ρ, any shape.
+    advantages: A, of the same shape, or one that broadcasts to it.
+    low: the smallest weight, an absolute bound in [0, 1]; None for none. TRL has none; verl,
+      NeMo-RL and slime use 1−ε.
+    high: the largest weight, an absolute bound > 1. Below 1 it would shrink on-policy gradients
+      too.
+
+  Returns:
+    The objective, of log_ratio's shape; its gradient, not its value, is the paper's.
+
+  Example:
+    >>> print(jax.grad(lambda x: cispo(x, 2.0, high=4.0))(jnp.log(8.0)))
+    8.0
+
+  Reference: MiniMax (2025), arXiv:2506.13585, Eq. 4 and 5. The paper does not disclose `high`.
+  """
+  weight = jnp.clip(jnp.exp(log_ratio), low, high)
+  return with_slope(weight * log_ratio, weight, log_ratio) * advantages
+
+
+def sapo(
+  log_ratio: jax.Array,
+  advantages: jax.Array,
+  *,
+  temperature_pos: chex.Numeric = 1.0,
+  temperature_neg: chex.Numeric = 1.05,
+) -> jax.Array:
+  """Fades a token's gradient out as its ratio leaves 1, instead of clipping it.
+
+      (4/τ) σ(τ(ρ−1)) A,   τ = temperature_pos where A > 0, temperature_neg elsewhere
+
+  Args:
+    log_ratio: log ρ, any shape.
+    advantages: A, of the same shape, or one that broadcasts to it.
+    temperature_pos: τ > 0 of good samples.
+    temperature_neg: τ > 0 of bad samples; larger fades faster.
+
+  Returns:
+    The objective, of log_ratio's shape.
+
+  Example:
+    >>> print(jax.grad(sapo)(0.0, 2.0))
+    2.0
+
+  Reference: Gao et al. (2025), arXiv:2511.20347.
+  """
+  temperature = jnp.where(advantages > 0, temperature_pos, temperature_neg)
+  gate = jax.nn.sigmoid(temperature * jnp.expm1(log_ratio))
+  return 4 / temperature * gate * advantages
+
+
+def reinforce(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
+  """Weighs log-probabilities by advantages; the ratio plays no part in the gradient.
+
+      A · log π      (up to a constant: log_ratio stands for log π)
+
+  Args:
+    log_ratio: log ρ, any shape.
+    advantages: A, of the same shape, or one that broadcasts to it.
+
+  Returns:
+    The objective, of log_ratio's shape; its gradient, not its value, is REINFORCE's.
+
+  Example:
+    >>> print(jax.grad(reinforce)(0.7, 2.0))
+    2.0
+
+  Reference: Williams (1992); for groups, Chu et al. (2025, GPG), arXiv:2504.02546.
+  """
+  return log_ratio * advantages
+
+
+def importance_weighted(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
+  """Weighs advantages by the ratio, unclipped.
+
+      ρ A
+
+  Args:
+    log_ratio: log ρ, any shape.
+    advantages: A, of the same shape, or one that broadcasts to it.
+
+  Returns:
+    The objective, of log_ratio's shape.
+
+  Example:
+    >>> print(importance_weighted(jnp.log(jnp.array([2.0])), jnp.array([3.0])))
+    [6.]
+
+  Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 6.
+  """
+  return jnp.exp(log_ratio) * advantages
+
+
+def dro(log_ratio: jax.Array, advantages: jax.Array, *, beta: chex.Numeric) -> jax.Array:
+  """Pulls the log-ratio towards A/β: a quadratic penalty in place of a clip.
+
+      A · log ρ − (β/2) (log ρ)²
+
+  Args:
+    log_ratio: log ρ, any shape.
+    advantages: A, of the same shape, or one that broadcasts to it.
+    beta: β > 0.
+
+  Returns:
+    The objective, of log_ratio's shape.
+
+  Example:
+    >>> print(dro(jnp.array([2.0]), jnp.array([3.0]), beta=0.5))
+    [5.]
+
+  Reference: Richemond et al. (2024), arXiv:2405.19107, with the value function's part in A.
+  """
+  return log_ratio * advantages - beta / 2 * log_ratio**2
