@@ -11,7 +11,7 @@ def exp_excess(x: jax.Array) -> jax.Array:
   """Computes e^x − x − 1, to rounding, for every x.
 
   The textbook form keeps no correct digit below |x| = 3e-4 in float32, so a Taylor series replaces
-  it for |x| < 1. The derivative is expm1(x), which has the same trap and the same remedy.
+  it for |x| < 1.5. The derivative e^x − 1 has the same trap and the same remedy: it is x more.
 
   Args:
     x: floats of any shape, float32 or wider.
@@ -19,14 +19,18 @@ def exp_excess(x: jax.Array) -> jax.Array:
   Returns:
     Values ≥ 0 of x's shape and dtype; 0 only at x = 0.
   """
-  order = 20 if x.dtype == jnp.float64 else 12
+  order = 22 if x.dtype == jnp.float64 else 14
   series = jnp.full_like(x, 1 / math.factorial(order))
   for n in range(order - 1, 1, -1):
     series = series * x + 1 / math.factorial(n)
-  return jnp.where(jnp.abs(x) < 1, x * x * series, jnp.expm1(x) - x)
+  return jnp.where(jnp.abs(x) < 1.5, x * x * series, jnp.exp(x) - 1 - x)
 
 
-exp_excess.defjvps(lambda tangent, _, x: tangent * jnp.expm1(x))
+@exp_excess.defjvp
+def _exp_excess_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]):
+  (x,), (tangent,) = primals, tangents
+  value = exp_excess(x)
+  return value, tangent * jnp.where(jnp.abs(x) < 1.5, value + x, jnp.exp(x) - 1)
 
 
 def with_slope(value: jax.Array, slope: jax.Array, x: jax.Array) -> jax.Array:

@@ -46,10 +46,10 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   count = jnp.maximum(jnp.sum(mask.astype(weights.dtype)), 1)
 
   def weighted(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(mask, weights * x, 0))
+    return jnp.sum(weights * x, where=mask)
 
   def mean(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(mask, x, 0).astype(weights.dtype)) / count
+    return jnp.sum(x.astype(weights.dtype), where=mask) / count
 
   ratio = jnp.where(mask, jnp.exp(terms.log_ratio), 0)
   idle = jnp.broadcast_to(rollout.advantages, mask.shape) == 0

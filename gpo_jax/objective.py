@@ -225,9 +225,9 @@ class Objective:
 
   def __repr__(self) -> str:
     """Shows the expression that makes this objective."""
-    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    shown = {k: v for k, v in fields.items() if v is not None and v != () and v is not False}
-    return f"Objective({', '.join(f'{k}={_describe(v)}' for k, v in shown.items())})"
+    fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
+    slots = [f"{k}={_describe(v)}" for k, v in fields if not (v is None or v is False)]
+    return f"Objective({', '.join(slots)})".replace(", corrections=()", "")
 
   def tree_flatten_with_keys(self):
     """Splits the objective into its slots and its structure."""
@@ -266,7 +266,7 @@ def _describe(value: Any) -> str:
   if isinstance(value, Partial):
     name = getattr(value.func, "__name__", type(value.func).__name__)
     args = [_describe(arg) for arg in value.args]
-    args += [f"{k}={_describe(v)}" for k, v in value.keywords.items()]
+    args += [f"{k}={_describe(v)}" for k, v in value.keywords.items() if v is not None]
     return f"{name}({', '.join(args)})" if args else name
   if isinstance(value, tuple):
     return f"({''.join(_describe(item) + ', ' for item in value).strip()})"

@@ -11,18 +11,6 @@ import jax.numpy as jnp
 from gpo_jax._numerics import with_slope
 
 
-def _confine(log_ratio: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-  # A token exactly at a limit keeps its gradient; jnp.clip alone would pass half of it. A NaN on
-  # either side is not "inside", and jnp.clip hands it on.
-  inside = (log_ratio >= low) & (log_ratio <= high)
-  return jnp.where(inside, log_ratio, jnp.clip(log_ratio, low, high))
-
-
-def _log_limits(epsilon_low: chex.Numeric, epsilon_high: chex.Numeric | None):
-  epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
-  return jnp.log(jnp.maximum(1 - jnp.asarray(epsilon_low), 0)), jnp.log1p(epsilon_high)
-
-
 def clip(
   log_ratio: jax.Array,
   advantages: jax.Array,
@@ -58,12 +46,18 @@ def clip(
     DAPO),
   arXiv:2503.14476, Eq. 8; the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
-  low, high = _log_limits(epsilon_low, epsilon_high)
+  # The clip caps ρ from above where A > 0 and from below elsewhere. As strict comparisons a tie keeps
+  # the unclipped gradient, which `jnp.minimum` would halve; in log space a tie is one after rounding.
   positive = advantages > 0
-  cap = jnp.inf if max_ratio is None else jnp.log(max_ratio)
-  low = jnp.where(positive, -jnp.inf, low)
-  high = jnp.where(positive, jnp.minimum(high, cap), cap)
-  return jnp.exp(_confine(log_ratio, low, high)) * advantages
+  epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+  low, high = jnp.maximum(1 - jnp.asarray(epsilon_low), 0), 1 + jnp.asarray(epsilon_high)
+  limit = jnp.where(positive, high, low)
+  log_limit = jnp.where(positive, jnp.log1p(epsilon_high), jnp.log(low))
+  clipped = jnp.where(positive, log_ratio > log_limit, log_ratio < log_limit) | jnp.isnan(limit)
+  ratio = jnp.where(clipped, limit, jnp.exp(log_ratio))
+  if max_ratio is not None:
+    ratio = jnp.where((log_ratio > jnp.log(max_ratio)) & (ratio > max_ratio), max_ratio, ratio)
+  return ratio * advantages
 
 
 def dual_clip(

@@ -1,0 +1,78 @@
+"""The report of a run: the table, a few answers, the metrics file."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from gpo_jax.demo import task
+from gpo_jax.demo.picture import draw
+from gpo_jax.demo.run import REINFORCEMENT, SUPERVISED, Record
+
+TERMS = """\
+Both arms start from the same warm-started policy and make as many updates, on as many answers.
+The supervised arm is shown the right answers; reinforcement only hears which of its own are."""
+
+
+def write(record: Record, folder: Path) -> None:
+  """Writes the picture and the metrics into a folder; prints the summary and where they are."""
+  picture, metrics = folder / "learning.png", folder / "metrics.json"
+  draw(record, picture, TERMS)
+  metrics.write_text(json.dumps(as_dict(record), indent=1) + "\n")
+  print(f"\n{summary(record)}\nPicture: {picture}\nMetrics: {metrics}")
+
+
+def improved(record: Record) -> bool:
+  """Tells whether reinforcement raised the held-out sampled accuracy."""
+  rows = record.arm(REINFORCEMENT).evaluations
+  return bool(rows) and rows[-1]["sampled"] > rows[0]["sampled"]
+
+
+def examples(record: Record, count: int = 3) -> list[dict[str, str]]:
+  """Gives the first held-out sums that the warm start got wrong, and what became of them."""
+  answers = record.arm(REINFORCEMENT).answers
+  if not answers:
+    return []
+  prompts, right = task.PROMPTS[record.held_out], task.ANSWERS[record.held_out]
+  columns = (map(task.decode, column) for column in (prompts, answers[0], answers[-1], right))
+  names = ("prompt", "before", "after", "right")
+  rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+  return [row for row in rows if row["before"] != row["right"]][:count]
+
+
+def summary(record: Record) -> str:
+  """Writes before and after of each arm as a table, then the examples."""
+  lines = [
+    "Held-out accuracy          sampled              greedy",
+    "                       before    after      before    after      time",
+  ]
+  for arm in (record.arm(REINFORCEMENT), record.arm(SUPERVISED)):
+    if arm.evaluations:
+      first, last = arm.evaluations[0], arm.evaluations[-1]
+      values = (first["sampled"], last["sampled"], first["greedy"], last["greedy"])
+      cells = "{:>10.1%}{:>9.1%}{:>12.1%}{:>9.1%}".format(*values)
+      lines.append(f"{arm.name:<19}{cells}{arm.seconds():>8.0f} s")
+  lines.append(TERMS)
+  if rows := examples(record):
+    lines += ["", "Sums the warm start got wrong; answers begin with the last digit:"]
+  lines += ["  {prompt}  before {before:<6}after {after:<6}right {right}".format(**r) for r in rows]
+  return "\n".join(lines) + "\n"
+
+
+def as_dict(record: Record) -> dict[str, object]:
+  """Gives the configuration, the results, the timings and the history, ready for JSON."""
+  arms = record.arms.values()
+  seconds = {arm.name: arm.seconds() for arm in arms}
+  results = {
+    arm.name: {"before": arm.evaluations[0], "after": arm.evaluations[-1]}
+    for arm in arms
+    if arm.evaluations
+  }
+  history = {arm.name: {"updates": arm.updates, "evaluations": arm.evaluations} for arm in arms}
+  return {
+    "config": dataclasses.asdict(record.config),
+    "interrupted": record.interrupted,
+    "results": results,
+    "examples": examples(record),
+    "seconds": seconds | {"total": sum(seconds.values())},
+    "history": history,
+  }

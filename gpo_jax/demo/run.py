@@ -1,0 +1,141 @@
+"""A run: the warm start, then two arms from the policy it leaves, recorded as they go."""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+from gpo_jax.demo import task, train
+from gpo_jax.demo.config import Config
+from gpo_jax.demo.evaluate import evaluate
+from gpo_jax.demo.objective import Metrics, group_policy_loss
+from gpo_jax.demo.policy import Policy
+
+WARM_START, REINFORCEMENT, SUPERVISED = "warm start", "reinforcement", "supervised only"
+
+Row = dict[str, float]
+Measure = Callable[[Policy], tuple[Metrics, jax.Array]]
+
+
+@dataclasses.dataclass
+class Arm:
+  """One stretch of training, and what is known of it so far.
+
+  Attributes:
+    name: what it is called in the report.
+    updates: a row for each update: its number, its metrics and the seconds since the arm began.
+    evaluations: a row for each evaluation: the number of updates before it, and the same.
+    answers: the held-out answers sampled at each evaluation.
+    begin: when it began.
+  """
+
+  name: str
+  updates: list[Row] = dataclasses.field(default_factory=list)
+  evaluations: list[Row] = dataclasses.field(default_factory=list)
+  answers: list[np.ndarray] = dataclasses.field(default_factory=list)
+  begin: float = dataclasses.field(default_factory=time.perf_counter)
+
+  def row(self, number: int, metrics: Metrics) -> Row:
+    """Makes a row; reading the metrics waits for their computation."""
+    values = {name: float(value) for name, value in metrics.items()}
+    return {"step": number, **values, "seconds": time.perf_counter() - self.begin}
+
+  def seconds(self) -> float:
+    """Gives how long the arm took so far, compilation and evaluation included."""
+    return max((row["seconds"] for row in self.updates + self.evaluations), default=0.0)
+
+
+@dataclasses.dataclass
+class Record:
+  """What a run leaves, complete or interrupted.
+
+  Attributes:
+    config: what the run depends on.
+    held_out: the problems of the evaluations.
+    arms: by name, the stretches of training that have begun.
+    interrupted: whether the run was stopped before its end.
+  """
+
+  config: Config
+  held_out: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
+  arms: dict[str, Arm] = dataclasses.field(default_factory=dict)
+  interrupted: bool = False
+
+  def begin(self, name: str) -> Arm:
+    """Begins an arm."""
+    return self.arms.setdefault(name, Arm(name))
+
+  def arm(self, name: str) -> Arm:
+    """Gives an arm, empty where it has not begun."""
+    return self.arms.get(name, Arm(name))
+
+
+def run(record: Record) -> None:
+  """Fills a record: the warm start, reinforcement, and the supervised arm from the same policy.
+
+  The supervised arm goes on as the warm start did, its optimizer's state included, on the same
+  training problems, for as many updates on as many answers as reinforcement. It is shown the right
+  answers; reinforcement is only told which of its own are right.
+  """
+  config = record.config
+  keys = jax.random.split(jax.random.key(config.seed), 4)
+  problems, held_out = task.split(keys[0])
+  record.held_out = np.asarray(held_out)
+
+  adam = optax.adam(config.supervised_rate)
+  start = train.start(Policy(nnx.Rngs(keys[1])), adam)
+  step = train.supervised_step(config.warm_start_batch, adam, problems)
+  warm = warm_start(record.begin(WARM_START), step, start, keys[2], config.warm_start_until)
+  measure = functools.partial(evaluate, reference=warm.policy, problems=held_out, key=keys[3])
+
+  optimizer = train.reinforcement_optimizer(config)
+  step = train.reinforcement_step(config, group_policy_loss, optimizer, warm.policy, problems)
+  start = train.start(warm.policy, optimizer)
+  train_arm(record.begin(REINFORCEMENT), step, start, keys[3], config, measure)
+
+  step = train.supervised_step(config.prompts * config.samples, adam, problems)
+  train_arm(record.begin(SUPERVISED), step, warm, keys[3], config, measure)
+
+
+def warm_start(
+  arm: Arm, step: train.Step, state: train.State, key: jax.Array, until: float
+) -> train.State:
+  """Trains on right answers until those of a batch have the mean probability `until`."""
+  for _, trained in _updates(arm, step, state, key, itertools.count(1)):
+    if arm.updates[-1]["reward"] >= until:
+      return trained
+  return state
+
+
+def train_arm(
+  arm: Arm, step: train.Step, state: train.State, key: jax.Array, config: Config, measure: Measure
+) -> None:
+  """Trains for the configured number of updates, measured on held-out problems now and then."""
+
+  def note(number: int, policy: Policy) -> None:
+    metrics, answers = measure(policy)
+    arm.evaluations.append(arm.row(number, metrics))
+    arm.answers.append(np.asarray(answers))
+
+  note(0, state.policy)
+  for number, trained in _updates(arm, step, state, key, range(1, config.steps + 1)):
+    if number % config.evaluate_every == 0 or number == config.steps:
+      note(number, trained.policy)
+
+
+def _updates(
+  arm: Arm, step: train.Step, state: train.State, key: jax.Array, numbers: Iterable[int]
+) -> Iterator[tuple[int, train.State]]:
+  with tqdm(numbers, desc=f"{arm.name:>15}", unit=" updates") as bar:
+    for number in bar:
+      state, metrics = step(state, jax.random.fold_in(key, number))
+      arm.updates.append(arm.row(number, metrics))
+      bar.set_postfix(reward=f"{arm.updates[-1]['reward']:.2f}", refresh=False)
+      yield number, state
