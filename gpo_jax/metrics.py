@@ -51,22 +51,26 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   def mean(x: jax.Array) -> jax.Array:
     return jnp.sum(x.astype(weights.dtype), where=mask) / count
 
-  ratio = jnp.where(mask, jnp.exp(terms.log_ratio), 0)
+  ratio = jnp.exp(terms.log_ratio)
+  ratio_mean, ratio_square = mean(ratio), mean(ratio**2)
   idle = jnp.broadcast_to(rollout.advantages, mask.shape) == 0
   clipped = (terms.gate == 0) & ~idle
-  empty = ~jnp.any(mask)
-  total = jnp.sum(ratio)
+  clipped_low = mean(clipped & (terms.log_ratio <= 0))
+  clipped_high = mean(clipped & (terms.log_ratio > 0))
+  highest = jnp.max(terms.log_ratio, where=mask, initial=-jnp.inf)
+  lowest = jnp.min(terms.log_ratio, where=mask, initial=jnp.inf)
+  some = jnp.any(mask)
   metrics = {
     "loss": weighted(terms.loss),
     "surrogate": weighted(terms.surrogate),
-    "clip_fraction": mean(clipped),
-    "clip_fraction_low": mean(clipped & (terms.log_ratio < 0)),
-    "clip_fraction_high": mean(clipped & (terms.log_ratio > 0)),
-    "ratio_mean": total / count,
-    "ratio_max": jnp.max(ratio),
-    "ratio_min": jnp.where(empty, 0, jnp.min(jnp.where(mask, ratio, jnp.inf))),
+    "clip_fraction": clipped_low + clipped_high,
+    "clip_fraction_low": clipped_low,
+    "clip_fraction_high": clipped_high,
+    "ratio_mean": ratio_mean,
+    "ratio_max": jnp.where(some, jnp.exp(highest), 0),
+    "ratio_min": jnp.where(some, jnp.exp(lowest), 0),
     "old_kl": mean(exp_excess(terms.token_log_ratio)),
-    "effective_sample_size": total**2 / count / jnp.where(empty, 1, jnp.sum(ratio**2)),
+    "effective_sample_size": ratio_mean**2 / jnp.where(some, ratio_square, 1),
     "bounded_fraction": mean(jnp.abs(terms.log_ratio) >= MAX_LOG_RATIO),
     "zero_advantage_fraction": mean(idle),
   }

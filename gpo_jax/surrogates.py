@@ -46,8 +46,8 @@ def clip(
     DAPO),
   arXiv:2503.14476, Eq. 8; the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
-  # The clip caps ρ from above where A > 0 and from below elsewhere. As strict comparisons a tie keeps
-  # the unclipped gradient, which `jnp.minimum` would halve; in log space a tie is one after rounding.
+  # The clip caps ρ from above where A > 0 and from below elsewhere. By strict comparison a tie keeps
+  # the unclipped gradient, which `jnp.minimum` would halve; in log space rounding spares the tie.
   positive = advantages > 0
   epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
   low, high = jnp.maximum(1 - jnp.asarray(epsilon_low), 0), 1 + jnp.asarray(epsilon_high)
@@ -56,7 +56,8 @@ def clip(
   clipped = jnp.where(positive, log_ratio > log_limit, log_ratio < log_limit) | jnp.isnan(limit)
   ratio = jnp.where(clipped, limit, jnp.exp(log_ratio))
   if max_ratio is not None:
-    ratio = jnp.where((log_ratio > jnp.log(max_ratio)) & (ratio > max_ratio), max_ratio, ratio)
+    capped = (log_ratio > jnp.log(max_ratio)) & (ratio > max_ratio) | jnp.isnan(max_ratio)
+    ratio = jnp.where(capped, max_ratio, ratio)
   return ratio * advantages
 
 
