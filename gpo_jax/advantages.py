@@ -209,12 +209,10 @@ def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   """
   rewards, where, count = _inputs(rewards, where)
   shifted, _ = _shift(rewards, where)
-  others = where & (
-    jnp.arange(rewards.shape[-1])
-    != jnp.argmax(jnp.where(where, rewards, -jnp.inf), axis=-1, keepdims=True)
-  )
-  lead = -jnp.max(shifted, axis=-1, keepdims=True, where=others, initial=-jnp.inf)
-  return jnp.where(where & ~others & (count > 1), lead, 0)
+  ranked = jnp.where(where, rewards, -jnp.inf)
+  best = jax.nn.one_hot(jnp.argmax(ranked, axis=-1), rewards.shape[-1], dtype=bool)
+  second = jnp.max(shifted, axis=-1, keepdims=True, where=where & ~best, initial=-jnp.inf)
+  return jnp.where(where & best & (count > 1), -second, 0)
 
 
 def optimal_baseline(
@@ -307,13 +305,16 @@ def by_group(
     A, of rewards' shape.
 
   Raises:
-    ValueError: where `group_ids` is not of rewards' shape.
+    ValueError: where `group_ids` is not of rewards' shape, and for `batch_standardize` and
+      `decoupled`, whose statistics are over the batch: leave `group_ids` out with them.
 
   Example:
     >>> print(by_group(center, jnp.array([1.0, 0.0, 5.0]), jnp.array([7, 7, 3])))
     [ 0.5 -0.5  0. ]
   """
   rewards, where, _ = _inputs(rewards, where)
+  if getattr(advantage, "func", advantage) in (batch_standardize, decoupled):
+    raise ValueError("the advantage is over the whole batch, not over groups: leave group_ids out")
   group_ids = jnp.asarray(group_ids)
   if group_ids.shape != rewards.shape:
     raise ValueError(

@@ -46,13 +46,12 @@ def clip(
     DAPO),
   arXiv:2503.14476, Eq. 8; the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
-  # The clip caps ρ from above where A > 0 and from below elsewhere. By strict comparison a tie keeps
+  # The clip caps ρ from above where A > 0, from below elsewhere. By strict comparison a tie keeps
   # the unclipped gradient, which `jnp.minimum` would halve; in log space rounding spares the tie.
   positive = advantages > 0
   epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
-  low, high = jnp.maximum(1 - jnp.asarray(epsilon_low), 0), 1 + jnp.asarray(epsilon_high)
-  limit = jnp.where(positive, high, low)
-  log_limit = jnp.where(positive, jnp.log1p(epsilon_high), jnp.log(low))
+  reach = jnp.where(positive, epsilon_high, jnp.maximum(-jnp.asarray(epsilon_low), -1))
+  limit, log_limit = 1 + reach, jnp.log1p(reach)
   clipped = jnp.where(positive, log_ratio > log_limit, log_ratio < log_limit) | jnp.isnan(limit)
   ratio = jnp.where(clipped, limit, jnp.exp(log_ratio))
   if max_ratio is not None:

@@ -8,6 +8,7 @@ two sides were apart: so a test knows which branches it took, and that no input 
 
 import collections
 import math
+from cmath import exp
 from typing import NamedTuple
 
 import numpy as np
@@ -67,18 +68,21 @@ def smaller(a, b):
 
 def responses(batch, advantages, log_probs, frozen):
   """All responses that have an active token."""
+  new, now = log_probs.tolist(), frozen.tolist()
+  old = now if batch.old is None else batch.old.tolist()
+  ref = None if batch.ref is None else batch.ref.tolist()
+  sampler = old if batch.sampler is None else batch.sampler.tolist()
+  prompts, samples, length = batch.mask.shape
   result = []
-  for p in range(batch.mask.shape[0]):
-    for i in range(batch.mask.shape[1]):
+  for p in range(prompts):
+    for i in range(samples):
       tokens = []
-      for t in range(batch.mask.shape[2]):
+      for t in range(length):
         if batch.mask[p, i, t]:
-          old = frozen[p, i, t] if batch.old is None else batch.old[p, i, t]
-          ref = None if batch.ref is None else batch.ref[p, i, t]
-          sampler = old if batch.sampler is None else batch.sampler[p, i, t]
-          tokens.append(Token(log_probs[p, i, t], frozen[p, i, t], old, ref, sampler))
+          log_ref = None if ref is None else ref[p][i][t]
+          tokens.append(Token(new[p][i][t], now[p][i][t], old[p][i][t], log_ref, sampler[p][i][t]))
       if tokens:
-        result.append(Response(advantages[p, i], tokens))
+        result.append(Response(float(advantages[p, i]), tokens))
   return result
 
 

@@ -1,6 +1,7 @@
-"""The demo: the task, the policy, and short runs of the whole."""
+"""The demo: the task, the policy, the command line, and short runs of the whole."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import struct
@@ -18,23 +19,32 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 # ruff: noqa: E402
+import gpo_jax as gpo
 import gpo_jax.demo.run as experiment
 from gpo_jax.demo import __main__ as command
-from gpo_jax.demo import objective, report, task, train
-from gpo_jax.demo.config import Config
+from gpo_jax.demo import objectives, picture, report, task, train
+from gpo_jax.demo.config import SUPERVISED, Config
 from gpo_jax.demo.evaluate import evaluate
 from gpo_jax.demo.policy import Policy, answer_log_probs, sample
-from gpo_jax.demo.run import REINFORCEMENT, SUPERVISED, WARM_START, Arm, Record
+from gpo_jax.demo.run import WARM_START, Arm, Record
 
 TINY = Config(prompts=4, samples=4, warm_start_until=0.0, warm_start_batch=8, evaluate_every=2)
+SmallPolicy = functools.partial(Policy, width=16, heads=2)
 PROBLEMS = jnp.arange(task.PROBLEMS)
 apply = jax.jit(Policy.__call__)
 draw = jax.jit(sample)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def policy():
-  return Policy(nnx.Rngs(0))
+  return SmallPolicy(nnx.Rngs(0))
 
 
 @pytest.fixture
@@ -42,6 +52,29 @@ def as_users_run():
   # Strict promotion is our own rule; Adam, as optax writes it, does not keep it.
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
     yield
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+  """Gives a function that replaces training: a policy is its accuracy, one for each objective."""
+
+  def replace(accuracies):
+    metrics = {"reward": 0.5, "clip_fraction": 0.0}
+
+    def evaluate(policy, **inputs):
+      answers = task.ANSWERS[: task.HELD_OUT]
+      return {"sampled": policy, "greedy": 0.5, "divergence": 0.0}, answers
+
+    def reinforcement(name, config, policy, problems):
+      start, end = (train.State(p, None, None) for p in (policy, accuracies.get(name, policy)))
+      return lambda state, key: (end, metrics), start
+
+    monkeypatch.setattr(experiment, "Policy", lambda rngs: jnp.float32(0.5))
+    monkeypatch.setattr(experiment, "evaluate", evaluate)
+    monkeypatch.setattr(experiment, "reinforcement", reinforcement)
+    monkeypatch.setattr(train, "supervised_step", lambda *args: lambda state, key: (state, metrics))
+
+  return replace
 
 
 def test_every_right_answer_scores_one():
@@ -93,8 +126,12 @@ def test_the_held_out_problems_are_not_trained_on():
     np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), PROBLEMS)
 
 
-def test_the_policy_is_small_and_gives_probabilities(policy):
-  assert 90_000 < sum(leaf.size for leaf in jax.tree.leaves(policy)) < 110_000
+def test_the_policy_is_as_small_as_it_says():
+  weights = jax.tree.leaves(jax.eval_shape(lambda: Policy(nnx.Rngs(0))))
+  assert f"of {sum(leaf.size for leaf in weights):,} weights" in Policy.__doc__
+
+
+def test_the_policy_gives_probabilities(policy):
   log_probs = apply(policy, jnp.asarray(task.PROMPTS[:6]).reshape(2, 3, -1))
   assert log_probs.shape == (2, 3, task.PROMPT_LENGTH, len(task.VOCABULARY))
   assert log_probs.dtype == jnp.float32
@@ -129,37 +166,29 @@ def test_samples_follow_the_policy(policy):
     assert abs(np.mean(first == token) - probability) < 5 * deviation
 
 
-def test_a_group_of_equal_rewards_has_no_advantage():
-  rewards = jnp.array([[0.1] * 7, [1.0] * 7, [0.0] * 7, [1.0, 0, 0, 0, 0, 0, 0]])
-  advantages = objective.standardise(rewards)
-  np.testing.assert_array_equal(advantages[:3], 0)
-  np.testing.assert_allclose(jnp.mean(advantages[3]), 0, atol=1e-7)
-  np.testing.assert_allclose(jnp.std(advantages[3]), 1, rtol=1e-5)
+def test_the_objectives_are_the_presets():
+  assert {"gpo", "grpo", "dapo", "gspo", "dr_grpo", "max_rl"} <= objectives.PRESETS.keys()
+  for name, preset in objectives.PRESETS.items():
+    assert preset is getattr(gpo, name)
+  length = objectives.build("dr_grpo").weighting.keywords["length"]
+  assert length == task.ANSWER_LENGTH
 
 
-def test_the_loss_follows_the_reward_and_skips_what_is_masked():
-  rewards = jnp.array([[1.0, 0.0], [1.0, 1.0]])
-  log_probs = jnp.full((2, 2, 3), -1.0)
-  mask = jnp.ones((2, 2, 3), bool).at[..., 2].set(False)
-  with jax.debug_nans(True):
-    gradient, metrics = jax.grad(objective.group_policy_loss, has_aux=True)(
-      log_probs, rewards, mask, log_probs, log_probs
-    )
-  np.testing.assert_allclose(gradient[0, :, :2], [[-1 / 8, -1 / 8], [1 / 8, 1 / 8]], rtol=1e-5)
-  np.testing.assert_array_equal(gradient[1], 0)
-  np.testing.assert_array_equal(gradient[..., 2], 0)
-  assert metrics["reward"] == 0.75
+@pytest.mark.parametrize("name", objectives.PRESETS)
+def test_an_update_asks_the_reference_where_there_is_a_divergence(name, policy, monkeypatch):
+  asked, divergence = [], name in ("gpo", "grpo", "deepseek_v32", "r1")
 
+  def counted(*inputs):
+    asked.append(inputs)
+    return answer_log_probs(*inputs)
 
-def test_the_fraction_clipped_counts_what_has_no_gradient():
-  rewards = jnp.array([[1.0, 0.0]])
-  old = jnp.full((1, 2, 4), -1.0)
-  log_probs = old + jnp.array([[[-0.5, 0.0, 0.1, 0.5]]])
-  mask = jnp.ones(old.shape, bool)
-  gradient, metrics = jax.grad(objective.group_policy_loss, has_aux=True)(
-    log_probs, rewards, mask, old, old, beta=0.0
-  )
-  assert metrics["clipped"] == jnp.mean(gradient == 0) == 0.25
+  monkeypatch.setattr(train, "answer_log_probs", counted)
+  optimizer = optax.sgd(1.0)
+  step = train.reinforcement_step(TINY, objectives.build(name), optimizer, policy, PROBLEMS)
+  _, metrics = jax.eval_shape(step, train.start(policy, optimizer), jax.random.key(0))
+  assert len(asked) == 1 + divergence
+  assert {"reward", "clip_fraction", "ratio_max"} <= metrics.keys()
+  assert ("divergence" in metrics) == divergence
 
 
 def test_the_evaluation_gives_the_likelihood_of_the_right_answers(policy, as_users_run):
@@ -176,26 +205,66 @@ def test_the_evaluation_gives_the_likelihood_of_the_right_answers(policy, as_use
 def test_a_run_is_written(tmp_path, as_users_run, monkeypatch, capsys):
   traces = []
 
-  def counted(*inputs):
-    traces.append(inputs)
-    return objective.group_policy_loss(*inputs)
+  def counted(log_ratio, advantages):
+    traces.append(log_ratio)
+    return gpo.surrogates.clip(log_ratio, advantages)
 
-  monkeypatch.setattr(experiment, "group_policy_loss", counted)
+  monkeypatch.setattr(objectives, "build", lambda name: gpo.gpo().replace(surrogate=counted))
+  monkeypatch.setattr(experiment, "Policy", SmallPolicy)
   status = command.main(["--steps", "3", "--seed", "5", "--out", str(tmp_path)], TINY)
   assert len(traces) == 1
   metrics = json.loads((tmp_path / "metrics.json").read_text())
-  before, after = (metrics["results"][REINFORCEMENT][when] for when in ("before", "after"))
+  before, after = (metrics["results"]["gpo"][when] for when in ("before", "after"))
   assert status == (0 if after["sampled"] > before["sampled"] else command.NOT_IMPROVED)
   assert metrics["results"][SUPERVISED]["before"]["sampled"] == before["sampled"]
   assert metrics["config"]["seed"] == 5
   assert not metrics["interrupted"]
-  for name in (REINFORCEMENT, SUPERVISED):
+  for name in ("gpo", SUPERVISED):
     history = metrics["history"][name]
     assert [row["step"] for row in history["updates"]] == [1, 2, 3]
     assert [row["step"] for row in history["evaluations"]] == [0, 2, 3]
   assert len(metrics["examples"]) == 3
   assert_picture(tmp_path / "learning.png")
   assert str(tmp_path / "learning.png") in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_comparison_starts_every_arm_alike(tmp_path, as_users_run, monkeypatch):
+  monkeypatch.setattr(experiment, "Policy", SmallPolicy)
+  command.main(["--compare", "dapo,dr_grpo,vespo", "--steps", "3", "--out", str(tmp_path)], TINY)
+  metrics = json.loads((tmp_path / "metrics.json").read_text())
+  assert list(metrics["results"]) == ["dapo", "dr_grpo", "vespo"]
+  starts = [results["before"] for results in metrics["results"].values()]
+  first = [metrics["history"][name]["updates"][0] for name in metrics["results"]]
+  for key, rows in (("sampled", starts), ("greedy", starts), ("reward", first)):
+    assert len({row[key] for row in rows}) == 1
+
+
+@pytest.mark.parametrize(
+  ("flags", "arms"),
+  [
+    ([], ("gpo", SUPERVISED)),
+    (["--objective", "gspo"], ("gspo", SUPERVISED)),
+    (["--compare", "grpo"], ("grpo",)),
+    (["--compare", "grpo, dapo"], ("grpo", "dapo")),
+  ],
+)
+def test_the_flags_choose_the_arms(tmp_path, untrained, flags, arms, capsys):
+  untrained(dict.fromkeys(arms, 0.6))
+  assert command.main([*flags, "--steps", "2", "--out", str(tmp_path)]) == 0
+  written = json.loads((tmp_path / "metrics.json").read_text())
+  assert list(written["history"]) == [WARM_START, *arms]
+  table = capsys.readouterr().out
+  assert all(f"\n{arm} " in table for arm in arms)
+  assert ("right answers" in table) == (SUPERVISED in arms)
+  assert_picture(tmp_path / "learning.png")
+
+
+def test_one_objective_that_does_not_improve_fails_a_comparison(tmp_path, untrained, capsys):
+  untrained({"grpo": 0.6, "dapo": 0.5, "gspo": 0.4, "gmpo": np.nan})
+  flags = ["--compare", "grpo,dapo,gspo,gmpo", "--steps", "2", "--out", str(tmp_path)]
+  assert command.main(flags) == command.NOT_IMPROVED
+  assert "did not improve: dapo, gspo, gmpo." in capsys.readouterr().err
 
 
 def test_the_sampler_is_one_update_late(as_users_run):
@@ -208,23 +277,19 @@ def test_the_sampler_is_one_update_late(as_users_run):
 
 
 @pytest.mark.parametrize(
-  ("rows", "recorded"),
+  ("flags", "rows", "recorded"),
   [
-    (0, {WARM_START: 0}),
-    (2, {WARM_START: 1, REINFORCEMENT: 0}),
-    (4, {REINFORCEMENT: 2}),
-    (504, {REINFORCEMENT: 500, SUPERVISED: 0}),
+    ([], 0, {WARM_START: 0}),
+    ([], 2, {WARM_START: 1, "gpo": 0}),
+    ([], 4, {"gpo": 2}),
+    ([], 504, {"gpo": 500, SUPERVISED: 0}),
+    (["--compare", "grpo,dapo,gspo"], 510, {"grpo": 500, "dapo": 6}),
   ],
 )
 def test_an_interrupted_run_leaves_what_was_recorded(
-  tmp_path, policy, monkeypatch, as_users_run, capsys, rows, recorded
+  tmp_path, monkeypatch, untrained, capsys, flags, rows, recorded
 ):
-  metrics = {"reward": 0.5, "clipped": 0.0, "sampled": 0.5, "greedy": 0.5, "divergence": 0.0}
-  answers = task.ANSWERS[:1000]
-  monkeypatch.setattr(experiment, "Policy", lambda rngs: policy)
-  monkeypatch.setattr(experiment, "evaluate", lambda *args, **kwargs: (metrics, answers))
-  for name in ("supervised_step", "reinforcement_step"):
-    monkeypatch.setattr(train, name, lambda *args: lambda state, key: (state, metrics))
+  untrained({})
   row, made = Arm.row, []
 
   def interrupting_row(arm, number, metrics):
@@ -235,32 +300,52 @@ def test_an_interrupted_run_leaves_what_was_recorded(
 
   monkeypatch.setattr(Arm, "row", interrupting_row)
   config = dataclasses.replace(TINY, evaluate_every=1000)
-  assert command.main(["--steps", "500", "--out", str(tmp_path)], config) == command.INTERRUPTED
+  arguments = [*flags, "--steps", "500", "--out", str(tmp_path)]
+  assert command.main(arguments, config) == command.INTERRUPTED
   assert "Interrupted" in capsys.readouterr().err
   written = json.loads((tmp_path / "metrics.json").read_text())
   assert written["interrupted"]
+  assert list(written["history"])[-1] == list(recorded)[-1]
   for name, updates in recorded.items():
     assert len(written["history"][name]["updates"]) == updates
   assert_picture(tmp_path / "learning.png")
 
 
 @pytest.mark.parametrize(
-  "arguments",
-  [["--steps", "0"], ["--steps", "-3"], ["--steps", "ten"], ["--seed", "-1"], ["--out", __file__]],
+  ("arguments", "message"),
+  [
+    (["--steps", "0"], "at least 1"),
+    (["--steps", "-3"], "at least 1"),
+    (["--steps", "ten"], "'ten'"),
+    (["--seed", "-1"], "at least 0"),
+    (["--out", __file__], "is a file"),
+    (["--objective", "ppo"], "needs one of cispo, dapo,"),
+    (["--objective", "grpo,dapo"], "got 'grpo,dapo'"),
+    (["--objective", ""], "got ''"),
+    (["--objective", SUPERVISED], "needs one of"),
+    (["--compare", "grpo,ppo"], "got 'ppo'"),
+    (["--compare", "grpo,dapo,grpo"], "each name once"),
+    (["--compare", ""], "got ''"),
+    (["--compare", "grpo,"], "got ''"),
+    (["--compare", "grpo", "--objective", "gpo"], "not allowed with"),
+    (["--objective", "gpo", "--compare", "grpo"], "not allowed with"),
+  ],
 )
-def test_bad_flags_are_refused(arguments, capsys):
+def test_bad_flags_are_refused(arguments, message, capsys):
   with pytest.raises(SystemExit) as stop:
     command.main(arguments)
   assert stop.value.code == command.USAGE
-  assert arguments[0] in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert arguments[0] in error
+  assert message in error
 
 
 def test_help():
   script = [sys.executable, "-m", "gpo_jax.demo", "--help"]
   done = subprocess.run(script, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
-  for flag in ("--steps", "--seed", "--out"):
-    assert flag in done.stdout
+  for word in ("--steps", "--seed", "--out", "--objective", "--compare", *objectives.PRESETS):
+    assert word in done.stdout
 
 
 def test_a_missing_package_is_named(monkeypatch, capsys):
@@ -273,13 +358,22 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
   assert 'pip install "gpo_jax[demo]"' in error
 
 
-def test_no_improvement_is_a_failure():
-  record = Record(TINY)
-  assert not report.improved(record)
-  for accuracies, improved in (((0.5,), False), ((0.5, 0.4), False), ((0.5, 0.6), True)):
+def test_an_arm_improves_if_its_last_evaluation_beats_its_first():
+  for accuracies, improved in (
+    ((), False),
+    ((0.5,), False),
+    ((0.5, 0.4), False),
+    ((0.5, 0.6), True),
+  ):
     rows = [{"sampled": accuracy} for accuracy in accuracies]
-    record.arms[REINFORCEMENT] = Arm(REINFORCEMENT, evaluations=rows)
-    assert report.improved(record) == improved
+    assert report.improved(Arm("gpo", evaluations=rows)) == improved
+
+
+def test_no_two_curves_look_alike():
+  record = Record(Config(arms=tuple(objectives.PRESETS)))
+  styles = [picture.style(record, arm) for arm in record.reinforced()]
+  looks = {(style["color"], style["linestyle"], style["marker"]) for style in styles}
+  assert len(looks) == len(styles) == len(objectives.PRESETS)
 
 
 def assert_picture(path):

@@ -1,0 +1,237 @@
+"""Advantages: formulas, exact zeros, samples left out, uneven groups, and what they optimise."""
+
+import itertools
+import math
+
+import gpo_jax as gpo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpo_jax import advantages as adv
+from jax.tree_util import Partial
+
+REWARDS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+SIMPLE = [
+  adv.center,
+  adv.standardize,
+  adv.leave_one_out,
+  adv.batch_standardize,
+  adv.max_rl,
+  adv.pass_at_k,
+  Partial(adv.standardize, ddof=0, eps=0.0),
+  Partial(adv.optimal_baseline, lengths=jnp.arange(1, 6)),
+]
+IDS = [getattr(fn, "func", fn).__name__ for fn in SIMPLE]
+
+
+def by_hand(name, rewards, lengths=None, ddof=1, eps=1e-4):
+  """One group, in Python floats."""
+  mean = sum(rewards) / len(rewards)
+  if name == "center":
+    return [r - mean for r in rewards]
+  if name == "standardize":
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - ddof))
+    return [(r - mean) / (std + eps) for r in rewards]
+  if name == "leave_one_out":
+    total = sum(rewards)
+    return [r - (total - r) / (len(rewards) - 1) for r in rewards]
+  if name == "max_rl":
+    return [(r - mean) / mean if mean > 0 else 0.0 for r in rewards]
+  if name == "pass_at_k":
+    first, second = sorted(rewards)[-1], sorted(rewards)[-2]
+    return [first - second if r == first else 0.0 for r in rewards]
+  baseline = sum(n * r for n, r in zip(lengths, rewards)) / sum(lengths)
+  return [r - baseline for r in rewards]
+
+
+@pytest.mark.parametrize("name", ["center", "standardize", "leave_one_out", "max_rl", "pass_at_k"])
+def test_formulas(name):
+  expected = [by_hand(name, group) for group in REWARDS.tolist()]
+  np.testing.assert_allclose(getattr(adv, name)(REWARDS), expected, rtol=2e-5, atol=1e-6)
+
+
+def test_formulas_with_more_than_rewards():
+  lengths = np.array([[1, 2, 3, 4, 0]] * 3)
+  expected = [by_hand("opo", group, n) for group, n in zip(REWARDS.tolist(), lengths.tolist())]
+  np.testing.assert_allclose(
+    adv.optimal_baseline(REWARDS, lengths=lengths), expected, rtol=1e-5, atol=1e-6
+  )
+  flat = by_hand("standardize", REWARDS.ravel().tolist(), eps=1e-8)
+  np.testing.assert_allclose(adv.batch_standardize(REWARDS).ravel(), flat, rtol=2e-5)
+  kinds = np.stack([REWARDS, REWARDS[::-1] ** 2])
+  each = [[by_hand("standardize", group) for group in kind] for kind in kinds.tolist()]
+  mixed = 2 * np.array(each[0]) - np.array(each[1])
+  expected = by_hand("standardize", mixed.ravel().tolist())
+  value = adv.decoupled(kinds, weights=jnp.array([2.0, -1.0]))
+  np.testing.assert_allclose(value.ravel(), expected, rtol=2e-5)
+  np.testing.assert_allclose(
+    adv.decoupled(REWARDS[None]), adv.decoupled(3 * REWARDS[None]), rtol=1e-3
+  )
+
+
+@pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
+@pytest.mark.parametrize("reward", [0.1, 1 / 3, 0.0, -7.7, 1e20])
+@pytest.mark.parametrize("size", [5])
+def test_equal_rewards_are_worth_exactly_nothing(fn, reward, size):
+  rewards = np.full((2, size), reward, np.float32)
+  np.testing.assert_array_equal(fn(rewards), np.zeros((2, size)))
+  np.testing.assert_array_equal(jax.jit(fn)(rewards), np.zeros((2, size)))
+
+
+def test_the_textbook_formula_makes_noise_of_equal_rewards():
+  rewards = jnp.full(7, 0.1)
+  noisy = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-9)
+  assert jnp.max(jnp.abs(noisy)) > 0.1
+  np.testing.assert_array_equal(adv.standardize(rewards, eps=1e-9), np.zeros(7))
+
+
+@pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 1e30])
+def test_samples_left_out_play_no_part(fn, garbage):
+  where = np.array([[1, 0, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 1, 1, 1]], bool)
+  dirty = np.where(where, REWARDS, np.float32(garbage))
+  value = fn(dirty, where)
+  np.testing.assert_array_equal(value, fn(REWARDS, where))
+  np.testing.assert_array_equal(value[~where], 0)
+  for kind in (np.int32, np.float32):
+    np.testing.assert_array_equal(fn(dirty, where.astype(kind)), value)
+  if fn is adv.batch_standardize:
+    rest = adv.batch_standardize(REWARDS[where])
+    np.testing.assert_allclose(value[where], rest, rtol=1e-5)
+  elif "lengths" not in getattr(fn, "keywords", {}):
+    for row in range(3):
+      rest = fn(REWARDS[row][where[row]])
+      np.testing.assert_allclose(value[row][where[row]], rest, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
+def test_a_group_without_samples_or_with_one_is_worth_nothing(fn):
+  where = np.zeros((3, 5), bool)
+  np.testing.assert_array_equal(fn(REWARDS, where), np.zeros((3, 5)))
+  where[:, 2] = True
+  if fn is not adv.batch_standardize:  # its group is the batch
+    np.testing.assert_array_equal(fn(REWARDS, where), np.zeros((3, 5)))
+
+
+def test_groups_of_one():
+  for fn in (adv.center, adv.standardize):
+    np.testing.assert_array_equal(fn(jnp.ones((4, 1))), np.zeros((4, 1)))
+  with pytest.raises(ValueError, match=r"groups of at least 2; got rewards \[4, 1\]"):
+    adv.leave_one_out(jnp.ones((4, 1)))
+
+
+@pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
+def test_a_nan_reward_is_never_hidden(fn):
+  rewards = REWARDS.copy()
+  rewards[1, 2] = np.nan
+  assert jnp.isnan(fn(rewards)[1]).any()
+
+
+@pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
+def test_no_gradient_and_no_nan_inside(fn):
+  with jax.debug_nans(True):
+    np.testing.assert_array_equal(jax.grad(lambda r: jnp.sum(fn(r) ** 2))(REWARDS), 0 * REWARDS)
+    fn(np.zeros((2, 5), np.float32))
+    fn(REWARDS, np.zeros((3, 5), bool))
+
+
+def test_standardized_is_invariant_and_centered_follows():
+  moved = 4 * REWARDS + 8
+  exact = Partial(adv.standardize, eps=0.0)
+  np.testing.assert_allclose(exact(moved), exact(REWARDS), rtol=1e-5)
+  np.testing.assert_allclose(adv.center(moved), 4 * adv.center(REWARDS), rtol=1e-5, atol=1e-6)
+  assert not np.allclose(adv.standardize(moved, eps=1.0), adv.standardize(REWARDS, eps=1.0))
+  order = [3, 1, 4, 0, 2]
+  np.testing.assert_allclose(exact(REWARDS[:, order]), exact(REWARDS)[:, order], rtol=1e-5)
+
+
+def test_a_large_offset_does_no_harm():
+  rewards = jnp.array([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3])
+  np.testing.assert_allclose(adv.standardize(rewards), adv.standardize(jnp.arange(4.0)), rtol=1e-6)
+  one_pass = jnp.mean(rewards**2) - jnp.mean(rewards) ** 2
+  assert abs(one_pass / 1.25 - 1) > 1
+
+
+def test_uneven_groups_by_id():
+  ids = np.array([5, 5, -1, 9, -1, 5, 9])
+  rewards = np.random.default_rng(1).normal(size=7).astype(np.float32)
+  for fn in (adv.center, adv.standardize, adv.leave_one_out, adv.pass_at_k):
+    value = adv.by_group(fn, rewards, ids)
+    for group in np.unique(ids):
+      np.testing.assert_allclose(
+        value[ids == group], fn(rewards[ids == group]), rtol=1e-5, atol=1e-6
+      )
+  where = np.array([1, 0, 1, 1, 1, 1, 1], bool)
+  value = adv.by_group(adv.center, rewards, ids, where)
+  assert value[1] == 0
+  np.testing.assert_allclose(
+    value[np.array([0, 5])], adv.center(rewards[[0, 5]]), rtol=1e-5, atol=1e-6
+  )
+  with pytest.raises(ValueError, match=r"rewards \[7\], group_ids \[6\]"):
+    adv.by_group(adv.center, rewards, ids[:6])
+  with pytest.raises(ValueError, match="leave group_ids out"):
+    gpo.reinforce_plus_plus().prepare(rewards, jnp.ones((7, 2)), group_ids=ids)
+
+
+def test_many_groups_by_id_agree_with_groups_by_axis():
+  rewards = np.random.default_rng(2).normal(size=(40, 5)).astype(np.float32)
+  ids = np.repeat(np.arange(40), 5).reshape(40, 5)
+  order = np.random.default_rng(3).permutation(200)
+  value = adv.by_group(adv.standardize, rewards.ravel()[order], ids.ravel()[order])
+  np.testing.assert_allclose(value, adv.standardize(rewards).ravel()[order], rtol=1e-5, atol=1e-6)
+
+
+def test_bad_rewards():
+  for bad, message in ((1.0, r"\[\.\.\., G\]"), (np.zeros((2, 0)), "not empty"), (["a"], "real")):
+    with pytest.raises(ValueError, match=message):
+      adv.center(bad)
+  with pytest.raises(ValueError, match=r"\[K, \.\.\., G\]"):
+    adv.decoupled(jnp.ones(3))
+
+
+# --- what they optimise, over all tuples of samples ------------------------------------------------
+
+
+def expected_gradient(fn, logits, rewards, size):
+  """Gives E over groups of (1/G) Σ A_i ∇log p(x_i), by enumeration."""
+  p = jax.nn.softmax(logits)
+  scores = np.asarray(jax.jacobian(jax.nn.log_softmax)(logits))
+  total = np.zeros(len(rewards))
+  for group in itertools.product(range(len(rewards)), repeat=size):
+    weight = math.prod(float(p[x]) for x in group)
+    values = np.asarray(fn(jnp.asarray([rewards[x] for x in group])))
+    total += weight * sum(a * scores[x] for a, x in zip(values, group)) / size
+  return total
+
+
+def test_which_advantages_give_the_policy_gradient(x64):
+  logits, rewards = jnp.array([0.3, -0.5, 0.1]), np.array([1.0, 0.2, -2.0])
+  truth = np.asarray(jax.grad(lambda x: jax.nn.softmax(x) @ rewards)(logits))
+  for size in (2, 3):
+    loo = expected_gradient(adv.leave_one_out, logits, rewards, size)
+    np.testing.assert_allclose(loo, truth, rtol=1e-12)
+    mean = expected_gradient(adv.center, logits, rewards, size)
+    np.testing.assert_allclose(mean, (size - 1) / size * truth, rtol=1e-12)
+  standard = expected_gradient(Partial(adv.standardize, eps=0.0), logits, rewards, 3)
+  cosine = standard @ truth / np.linalg.norm(standard) / np.linalg.norm(truth)
+  assert cosine < 0.999
+
+
+def test_standardized_binary_rewards_optimise_the_arcsine(x64):
+  size, success = 400, 0.3
+  slope = 0.0
+  for k in range(1, size):
+    weight = math.comb(size, k) * success**k * (1 - success) ** (size - k)
+    rewards = jnp.asarray([1.0] * k + [0.0] * (size - k))
+    values = adv.standardize(rewards, ddof=0, eps=0.0)
+    slope += weight * (k * values[0] / success - (size - k) * values[-1] / (1 - success)) / size
+  expected = jax.grad(lambda p: 2 * jnp.arcsin(jnp.sqrt(p)))(success)
+  np.testing.assert_allclose(slope, expected, rtol=0.01)
+
+
+def test_prepare_leaves_empty_responses_out():
+  mask = np.array([[[1, 1], [0, 0], [1, 0]]])
+  rollout = gpo.grpo(beta=None).prepare([[1.0, np.nan, 0.0]], mask)
+  first, second = adv.standardize(jnp.array([1.0, 0.0]))
+  np.testing.assert_array_equal(rollout.advantages[0, :, 0], [first, 0, second])

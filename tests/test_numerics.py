@@ -1,0 +1,101 @@
+"""The functions that replace textbook forms: exact where those lose every digit."""
+
+import math
+
+import gpo_jax as gpo
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gpo_jax._numerics import bound, exp_excess, with_slope
+
+MAGNITUDES = np.concatenate([np.logspace(-9, np.log10(20), 20_000), np.linspace(0.01, 20, 20_000)])
+POINTS = np.concatenate([MAGNITUDES, -MAGNITUDES]).astype(np.float32)
+
+
+def exact(x):
+  """Gives e^x − x − 1 in extended precision: a series below 0.1, the formula above."""
+  x = x.astype(np.longdouble)
+  series = sum(x**n / np.longdouble(math.factorial(n)) for n in range(2, 20))
+  return np.where(np.abs(x) < 0.1, series, np.expm1(x) - x)
+
+
+def worst(value, expected):
+  return float(np.max(np.abs(np.asarray(value, np.longdouble) / expected - 1)))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_exp_excess_and_its_slope_to_rounding(transform):
+  assert worst(transform(exp_excess)(POINTS), exact(POINTS)) < 5e-7
+  slope = transform(jax.vmap(jax.grad(exp_excess)))(POINTS)
+  assert worst(slope, np.expm1(POINTS.astype(np.longdouble))) < 5e-7
+
+
+def test_the_textbook_forms_fail_where_ours_holds():
+  small = POINTS[np.abs(POINTS) < 1e-3]
+  assert worst(np.exp(small) - small - 1, exact(small)) > 1
+  assert worst(np.expm1(small) - small, exact(small)) > 0.1
+  assert np.mean(np.exp(small) - small - np.float32(1) < 0) > 0.05
+
+
+def test_exp_excess_in_float64_and_its_derivatives(x64):
+  points = POINTS.astype(np.float64)
+  assert worst(exp_excess(points), exact(points)) < 1e-14
+  for order, expected in ((2, np.exp), (3, np.exp)):
+    derivative = exp_excess
+    for _ in range(order):
+      derivative = jax.grad(derivative)
+    np.testing.assert_allclose(jax.vmap(derivative)(points), expected(points), rtol=1e-13)
+
+
+def test_exp_excess_at_the_ends():
+  assert exp_excess(jnp.float32(0)) == jax.grad(exp_excess)(0.0) == 0
+  for x in (jnp.inf, -jnp.inf, jnp.nan):
+    assert not jnp.isfinite(exp_excess(jnp.float32(x)))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_bound_keeps_slope_and_hides_nothing(transform):
+  x = jnp.array([-1e10, -100.0, -20.0, 0.3, 20.0, 100.0, 1e30])
+  np.testing.assert_array_equal(transform(bound)(x), np.clip(x, -20, 20))
+  np.testing.assert_array_equal(transform(jax.vmap(jax.grad(bound)))(x), np.ones(7))
+  assert jnp.isnan(transform(bound)(jnp.array([jnp.inf, -jnp.inf, jnp.nan]))).all()
+
+
+def test_with_slope_gives_value_and_slope():
+  value, slope = jax.value_and_grad(lambda x: with_slope(x**3, 5.0 * x, x))(2.0)
+  assert (value, slope) == (8, 10)
+
+
+def unbiased_slope(delta, drift):
+  """The coefficient of ∇log π in the unbiased KL, by autodiff through the objective."""
+  objective = gpo.deepseek_v32(beta=1.0).replace(corrections=())
+  rollout = gpo.Rollout(
+    advantages=jnp.zeros((1, 1)),
+    mask=jnp.ones((1, 1)),
+    weights=jnp.ones((1, 1)),
+    old_log_probs=jnp.full((1, 1), -drift),
+    ref_log_probs=jnp.full((1, 1), -delta),
+  )
+  return jax.grad(lambda x: objective(x, rollout)[0])(jnp.zeros((1, 1)))[0, 0]
+
+
+@pytest.mark.parametrize("delta", [-20.0, -3.0, -1e-1, -1e-4, 1e-6, 1e-2, 1.0, 20.0])
+def test_unbiased_has_the_slope_rho_delta_at_every_distance(delta):
+  for drift in (0.0, 1.5, -2.0):
+    expected = math.exp(drift) * np.float32(delta)
+    np.testing.assert_allclose(unbiased_slope(delta, drift), expected, rtol=5e-7)
+
+
+def test_autodiff_of_the_product_has_lost_it():
+  naive = jax.grad(lambda x: jnp.exp(x) * (jnp.exp(-(x - 20)) + (x - 20) - 1))
+  assert abs(naive(jnp.float32(0.0)) / -20 - 1) > 0.1
+  far = jax.grad(lambda x: jnp.exp(x) * (jnp.exp(-(x - 30)) + (x - 30) - 1))
+  assert far(jnp.float32(0.0)) == 0
+
+
+@pytest.mark.parametrize("delta", [-1000.0, -30.0, 30.0, 1000.0])
+def test_no_distance_switches_the_penalty_off(delta):
+  np.testing.assert_allclose(unbiased_slope(delta, 0.0), np.sign(delta) * 20.0, rtol=5e-7)
+  k3 = jax.grad(lambda x: gpo.divergences.k3(bound(x), None, None))(jnp.float32(-1000.0))
+  np.testing.assert_allclose(k3, -math.expm1(20.0), rtol=1e-6)
