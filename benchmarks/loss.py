@@ -2,11 +2,11 @@
 
 import functools
 
-import gpo_jax as gpo
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+import gpo_jax as gpo
 from benchmarks.timing import interleave, table
 
 SHAPES = [(8, 8, 1024), (64, 8, 2048)]

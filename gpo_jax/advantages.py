@@ -293,6 +293,8 @@ def by_group(
 ) -> jax.Array:
   """Applies an advantage to groups of uneven size, told apart by ids.
 
+  On a mesh with explicit axes, give it rewards and ids that are not sharded.
+
       A_i = advantage(R, where = {j : group_j = group_i})_i
 
   Args:

@@ -137,4 +137,6 @@ def geometric(log_ratio: jax.Array, rollout: Rollout, *, clip: chex.Numeric = 0.
     advantages = jnp.expand_dims(advantages, -1)
   limit = jnp.where(advantages > 0, clip, -jnp.asarray(clip))
   beyond = jnp.where(advantages > 0, log_ratio > clip, log_ratio < -jnp.asarray(clip))
-  return sequence(jnp.where(beyond | jnp.isnan(limit), limit, log_ratio), rollout)
+  # x − x is 0 where x is finite: an infinite log-ratio must not end as a limit.
+  limited = limit + (log_ratio - log_ratio)
+  return sequence(jnp.where(beyond | jnp.isnan(limit), limited, log_ratio), rollout)

@@ -347,8 +347,8 @@ def deepseek_v32(
 def r1(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.001) -> Objective:
   """DeepSeek-R1 as it is written: the ratio, and k3, of whole responses, not divided by length.
 
-  Ratios of long responses leave any clip range at once, so it is an on-policy objective. Choose it
-  to reproduce the paper's equations; β is the paper's, ε is GRPO's.
+  Ratios of long responses leave a clip range of ε = 0.2 at once, so it is an on-policy objective.
+  Choose it to reproduce the paper's equations; β is the paper's, ε is GRPO's default.
 
   Args:
     epsilon: half-width of the clip range.
@@ -398,7 +398,8 @@ def vespo(
     >>> vespo().corrections[0].func is corrections.vespo
     True
 
-  Reference: Shen et al. (2026), arXiv:2602.10693; weighted by token, as in TRL.
+  Reference: Shen et al. (2026), arXiv:2602.10693; weighted by token, as in TRL, which also puts the
+  sampler's mismatch into W: for that, let `old_log_probs` be the sampler's.
   """
   kernel = {"k_pos": k_pos, "lambda_pos": lambda_pos, "k_neg": k_neg, "lambda_neg": lambda_neg}
   return Objective(
@@ -450,7 +451,8 @@ def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
     >>> dppo().corrections[0].func is corrections.total_variation_mask
     True
 
-  Reference: DPPO (2026), arXiv:2602.04879, the binary total variation form.
+  Reference: DPPO (2026), arXiv:2602.04879, the binary total variation form. There the ratio, too, is
+  taken to the sampler: let `old_log_probs` be the sampler's to have that.
   """
   return Objective(
     surrogate=surrogates.importance_weighted,

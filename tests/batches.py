@@ -1,11 +1,12 @@
-"""Random rollouts for the tests: ragged, with holes, empty rows, equal rewards and stale samplers."""
+"""Random rollouts for the tests: ragged, with holes, empty rows, equal rewards, stale samplers."""
 
 import dataclasses
 import inspect
 
-import gpo_jax as gpo
 import jax
 import numpy as np
+
+import gpo_jax as gpo
 from gpo_jax import presets
 
 NEEDED = {"dr_grpo": {"length": 8}}

@@ -3,13 +3,14 @@
 import itertools
 import math
 
-import gpo_jax as gpo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpo_jax import advantages as adv
 from jax.tree_util import Partial
+
+import gpo_jax as gpo
+from gpo_jax import advantages as adv
 
 REWARDS = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 SIMPLE = [
@@ -190,7 +191,7 @@ def test_bad_rewards():
     adv.decoupled(jnp.ones(3))
 
 
-# --- what they optimise, over all tuples of samples ------------------------------------------------
+# --- what they optimise, over all tuples of samples ------------------------------------------
 
 
 def expected_gradient(fn, logits, rewards, size):

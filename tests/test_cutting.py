@@ -5,15 +5,15 @@ Weights are data, computed once, so every cut adds up. The control: a mean of me
 
 import functools
 
-import gpo_jax as gpo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpo_jax import weightings
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import Partial
 
+import gpo_jax as gpo
+from gpo_jax import weightings
 from tests.batches import PRESETS, batch, grpo_with, relative_error, value_and_grad
 
 WEIGHTINGS = {
@@ -98,7 +98,8 @@ def test_vmap_over_groups_and_scan_over_them(name):
   assert_same(*jax.jit(jax.value_and_grad(remat))(BATCH.log_probs), value, gradient)
 
 
-# --- packing -----------------------------------------------------------------------------------------
+# --- packing
+# -----------------------------------------------------------------------------------------
 
 
 def pack(data, rows=5, width=24, seed=1):
@@ -164,7 +165,8 @@ def test_packed_weights(name):
   np.testing.assert_allclose(jnp.sum(weights), jnp.sum(expected), rtol=1e-6)
 
 
-# --- devices -----------------------------------------------------------------------------------------
+# --- devices
+# -----------------------------------------------------------------------------------------
 
 
 def mesh(axis_type):
@@ -213,20 +215,21 @@ def test_shard_map(name):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_packed_rows_and_metrics_on_eight_devices(axis_type):
-  objective = gpo.gspo()
+@pytest.mark.parametrize("name", ["gspo", "gmpo", "vespo", "r1"])
+def test_packed_rows_and_metrics_on_eight_devices(axis_type, name):
+  objective = PRESETS[name]
   packed, _ = pack(batch(prompts=8, length=5, seed=5), rows=8)
-  packed.pop("sampler_log_probs"), packed.pop("ref_log_probs")
+  log_probs = packed.pop("log_probs")
+  first = [packed.pop(field) for field in ("rewards", "mask", "old_log_probs")]
+  rollout = objective.prepare(*first, **packed)
 
-  def step(packed):
-    log_probs, rest = packed["log_probs"], {k: v for k, v in packed.items() if k != "log_probs"}
-    first = [rest.pop(name) for name in ("rewards", "mask", "old_log_probs")]
-    rollout = objective.prepare(*first, **rest)
-    loss, terms = objective(log_probs, rollout)
-    return loss, gpo.summarize(terms, rollout)
+  @jax.jit
+  def step(log_probs, rollout):
+    (loss, terms), gradient = jax.value_and_grad(objective, has_aux=True)(log_probs, rollout)
+    return loss, gradient, gpo.summarize(terms, rollout)
 
-  expected = jax.jit(step)(packed)
+  expected = step(log_probs, rollout)
   with jax.set_mesh(mesh(axis_type)):
     sharding = NamedSharding(mesh(axis_type), PartitionSpec("data"))
-    value = jax.jit(step)(jax.device_put(packed, sharding))
+    value = step(*jax.device_put((log_probs, rollout), sharding))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), value, expected)

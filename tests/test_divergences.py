@@ -6,11 +6,12 @@ p is the current policy, q the reference, μ the sampler. On-policy means μ = p
 import functools
 import itertools
 
-import gpo_jax as gpo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import gpo_jax as gpo
 from gpo_jax import divergences as div
 from gpo_jax._numerics import exp_excess
 
@@ -22,7 +23,8 @@ def close(x, y):
   return np.allclose(x, y, rtol=1e-9, atol=1e-11)
 
 
-# --- one token -------------------------------------------------------------------------------------
+# --- one token
+# -------------------------------------------------------------------------------------
 
 
 def log_policies(seed):
@@ -121,7 +123,7 @@ def test_rho_k3_has_a_fraction_of_the_noise_of_rho_k1():
       jax.nn.log_softmax(x) - log_ref, jax.nn.log_softmax(x) - log_old, None
     )
     gradients = jax.jacobian(per_sample)(logits)
-    mean = jnp.exp(log_old) @ gradients
+    mean = (jnp.exp(log_old) @ gradients)[None]
     spread[name] = jnp.sqrt(jnp.sum(jnp.exp(log_old) @ (gradients - mean) ** 2))
   assert spread["ρ·k1"] > 10 * spread["unbiased"]
 
@@ -135,7 +137,8 @@ def test_unbiased_is_pointwise_the_product_in_value_and_gradient():
       np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-13)
 
 
-# --- whole responses: vocabulary {0, 1, end}, at most 3 tokens -------------------------------------
+# --- whole responses: vocabulary {0, 1, end}, at most 3 tokens
+# -------------------------------------
 
 END, LONGEST = 2, 3
 STATES = [s for n in range(LONGEST) for s in itertools.product((0, 1), repeat=n)]
@@ -276,7 +279,8 @@ def test_packed_rows_give_the_same(divergence):
     np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
-# --- whole responses: surrogates ---------------------------------------------------------------------
+# --- whole responses: surrogates
+# ---------------------------------------------------------------------
 
 REWARDS = np.random.default_rng(9).normal(size=len(RESPONSES))
 
@@ -324,7 +328,8 @@ def test_reinforce_and_the_response_ratio_are_the_policy_gradient():
   assert close(gradient, policy_gradient(logits))  # off-policy: the ratio corrects μ exactly
 
 
-# --- gates, one token: p·gate·A·s --------------------------------------------------------------------
+# --- gates, one token: p·gate·A·s
+# --------------------------------------------------------------------
 
 GATES = {
   "clip": (

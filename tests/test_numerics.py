@@ -2,11 +2,12 @@
 
 import math
 
-import gpo_jax as gpo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import gpo_jax as gpo
 from gpo_jax._numerics import bound, exp_excess, with_slope
 
 MAGNITUDES = np.concatenate([np.logspace(-9, np.log10(20), 20_000), np.linspace(0.01, 20, 20_000)])

@@ -1,0 +1,636 @@
+"""The semantics that every objective shares, its behaviour as a pytree, and its errors."""
+
+import functools
+import math
+import pickle
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis.extra import numpy as hnp
+
+import gpo_jax as gpo
+from gpo_jax import Rollout, corrections, divergences, levels, surrogates, weightings
+from tests.batches import PRESETS, batch, grpo_with, relative_error, value_and_grad
+
+BATCH = batch()
+EVERY = pytest.mark.parametrize("name", PRESETS)
+
+
+def run(objective, data=BATCH, **changes):
+  return value_and_grad(objective, data.log_probs, data.prepare(objective, **changes))
+
+
+# --- signs, dtypes, masks
+# ----------------------------------------------------------------------------
+
+
+def test_signs():
+  rollout = Rollout(
+    jnp.array([1.0]), jnp.ones((1, 1)), jnp.ones((1, 1)), ref_log_probs=-jnp.ones((1, 1))
+  )
+  objective = gpo.grpo(beta=2.0)
+  loss, terms = objective(jnp.zeros((1, 1)), rollout)
+  np.testing.assert_allclose(terms.surrogate, [[1.0]])
+  np.testing.assert_allclose(terms.divergence, [[math.exp(-1)]], rtol=1e-6)
+  np.testing.assert_allclose(loss, 2 * math.exp(-1) - 1, rtol=1e-6)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_inputs_are_computed_in_float32(name, dtype):
+  objective = PRESETS[name]
+  rollout = BATCH.prepare(objective)
+  half = jnp.asarray(BATCH.log_probs, dtype)
+  value, gradient = value_and_grad(objective, half, rollout)
+  assert value.dtype == jnp.float32
+  assert gradient.dtype == dtype
+  full = value_and_grad(objective, half.astype(jnp.float32), rollout)
+  assert value == full[0]
+  np.testing.assert_array_equal(gradient, full[1].astype(dtype))
+
+
+@EVERY
+def test_float64_stays_and_agrees(name, x64):
+  objective = gpo.presets.__dict__[name](**({"length": 8} if name == "dr_grpo" else {}))
+  data = batch(dtype=np.float64)
+  value, gradient = run(objective, data)
+  assert value.dtype == gradient.dtype == jnp.float64
+  single = type(data)(
+    **{k: v.astype(np.float32) if k != "mask" else v for k, v in vars(data).items()}
+  )
+  other_value, other_gradient = run(objective, single)
+  assert other_gradient.dtype == jnp.float32
+  # The clip of GSPO decides at 3e-4: a float32 log-probability may fall on its other side.
+  if name not in ("gspo", "gspo_token", "luspo"):
+    np.testing.assert_allclose(other_value, value, rtol=1e-5, atol=1e-6)
+    assert relative_error(other_gradient, gradient) < 1e-5
+
+
+@EVERY
+def test_masks_may_be_bools_ints_or_floats(name):
+  expected = run(PRESETS[name])
+  for kind in (np.int32, np.uint8, np.float32):
+    value, gradient = run(PRESETS[name], mask=BATCH.mask.astype(kind))
+    assert value == expected[0]
+    np.testing.assert_array_equal(gradient, expected[1])
+
+
+@EVERY
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 3e38])
+def test_padding_is_bitwise_invisible(name, garbage):
+  objective = PRESETS[name]
+  value, _ = run(objective)
+  shape = (*BATCH.mask.shape[:-1], 3)
+  padded = {}
+  for field, array in vars(BATCH).items():
+    if array.ndim == 3:
+      fill = np.zeros(shape, bool) if field == "mask" else np.full(shape, garbage, np.float32)
+      keep = array if field == "mask" else np.where(BATCH.mask, array, np.float32(garbage))
+      padded[field] = np.concatenate([keep, fill], axis=-1)
+  padded["rewards"] = np.where(BATCH.mask.any(-1), BATCH.rewards, np.float32(garbage))
+  data = type(BATCH)(**padded)
+  rollout = data.prepare(objective)
+  other_value, other_gradient = value_and_grad(objective, data.log_probs, rollout)
+  np.testing.assert_allclose(other_value, value, rtol=1e-6)
+  np.testing.assert_array_equal(other_gradient[..., -3:], 0)
+  np.testing.assert_array_equal(other_gradient[~data.mask], 0)
+  # The same width, clean: not a bit of difference, whatever the rollout's other fields hold.
+  finite = {k: np.where(np.isfinite(v), v, 0).astype(v.dtype) for k, v in padded.items()}
+  clean = type(data)(**finite)
+  fixed = clean.prepare(objective)
+  clean_value, clean_gradient = value_and_grad(objective, clean.log_probs, fixed)
+  assert other_value == clean_value
+  np.testing.assert_array_equal(other_gradient, clean_gradient)
+  wide = [jnp.where(data.mask, rollout.advantages, fill) for fill in (0, garbage)]
+  heavy = [jnp.where(data.mask, rollout.weights, fill) for fill in (0, garbage)]
+  results = [
+    value_and_grad(objective, data.log_probs, rollout.replace(advantages=a, weights=w))
+    for a, w in zip(wide, heavy)
+  ]
+  jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@EVERY
+@pytest.mark.parametrize("bad", [np.nan, -np.inf, np.inf])
+def test_nothing_bad_on_an_active_token_is_hidden(name, bad):
+  objective = PRESETS[name]
+  p, g, t = np.argwhere(BATCH.mask & (np.arange(4)[:, None, None] == 2))[0]
+  for field in ("log_probs", "old_log_probs", "ref_log_probs", "sampler_log_probs"):
+    needed = {
+      "ref_log_probs": objective.divergence is not None,
+      "sampler_log_probs": name in ("deepseek_v32", "dppo") and not np.isinf(bad),
+    }
+    if not needed.get(field, True):
+      continue
+    arrays = {k: v.copy() for k, v in vars(BATCH).items()}
+    arrays[field][p, g, t] = bad
+    value, gradient = run(objective, type(BATCH)(**arrays))
+    assert not jnp.isfinite(value), field
+    if field == "log_probs" and objective.surrogate.func is not surrogates.reinforce:
+      assert jnp.isnan(gradient[p, g, t])
+
+
+def test_a_nan_reward_or_weight_on_an_active_token_is_not_hidden():
+  rewards = BATCH.rewards.copy()
+  rewards[2, 1] = np.nan
+  assert jnp.isnan(run(gpo.grpo(), rewards=rewards)[0])
+  rollout = BATCH.prepare(gpo.grpo())
+  broken = rollout.replace(weights=jnp.where(BATCH.mask, jnp.nan, 0))
+  assert jnp.isnan(gpo.grpo()(BATCH.log_probs, broken)[0])
+
+
+# --- extremes
+# ----------------------------------------------------------------------------------------
+
+
+@EVERY
+@pytest.mark.parametrize("distance", [-1e30, -1000.0, -100.0, 100.0, 1000.0, 1e30])
+def test_extreme_log_ratios_stay_finite(name, distance):
+  objective = PRESETS[name]
+  mask = np.ones((1, 3, 2), bool)
+  log_probs = np.full((1, 3, 2), -2.0 + min(distance, 0), np.float32)
+  far = np.full((1, 3, 2), -2.0 - max(distance, 0), np.float32)
+  rollout = objective.prepare([[1.0, 0.5, 0.0]], mask, far, ref_log_probs=far)
+  with jax.debug_nans(True):
+    value, gradient = value_and_grad(objective, log_probs, rollout)
+  assert jnp.isfinite(value)
+  assert jnp.isfinite(gradient).all()
+
+
+@EVERY
+def test_nothing_inside_is_nan(name):
+  with jax.debug_nans(True):
+    value, gradient = run(PRESETS[name])
+    empty_value, empty_gradient = run(PRESETS[name], mask=np.zeros_like(BATCH.mask))
+    gpo.summarize(
+      PRESETS[name](BATCH.log_probs, BATCH.prepare(PRESETS[name]))[1], BATCH.prepare(PRESETS[name])
+    )
+  assert jnp.isfinite(value)
+  assert empty_value == 0
+  np.testing.assert_array_equal(empty_gradient, 0)
+  assert jnp.any(gradient != 0)
+
+
+@EVERY
+def test_an_empty_row_contributes_nothing_and_is_not_counted(name):
+  objective = PRESETS[name]
+  _, gradient = run(objective)
+  data = type(BATCH)(**{k: v[:, 1:] if v.ndim > 1 else v for k, v in vars(BATCH).items()})
+  arrays = {k: v.copy() for k, v in vars(BATCH).items()}
+  arrays["mask"][:, 0] = False
+  emptied, other = run(objective, type(BATCH)(**arrays)), run(objective, data)
+  np.testing.assert_allclose(emptied[0], other[0], rtol=1e-5, atol=1e-6)
+  assert relative_error(emptied[1][:, 1:], other[1]) < 1e-5
+  np.testing.assert_array_equal(emptied[1][:, 0], 0)
+  np.testing.assert_array_equal(gradient[0, 0], 0)
+
+
+@EVERY
+def test_equal_rewards_give_no_gradient_but_the_divergences(name):
+  objective = PRESETS[name].replace(divergence=None, beta=None)
+  _, gradient = run(objective)
+  if name != "reinforce_plus_plus":  # its group is the batch
+    np.testing.assert_array_equal(gradient[1], 0)
+  _, gradient = run(objective, rewards=np.full((4, 4), 1 / 3, np.float32))
+  np.testing.assert_array_equal(gradient, 0)
+
+
+def test_the_bound_is_reported_and_stops_no_gradient():
+  objective = gpo.dapo()
+  far = np.full((1, 2, 1), -50.0, np.float32)
+  rollout = objective.prepare([[0.0, 1.0]], np.ones((1, 2, 1)), far)
+  (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(np.zeros_like(far), rollout)
+  metrics = gpo.summarize(terms, rollout)
+  assert metrics["bounded_fraction"] == 1
+  assert (
+    metrics["clip_fraction_high"] == 0.5
+  )  # A > 0 is clipped, A < 0 keeps the slope at the bound
+  np.testing.assert_allclose(gradient[0, 0], 0.5 * math.exp(20) / math.sqrt(2), rtol=1e-3)
+  assert gradient[0, 1] == 0
+
+
+@EVERY
+def test_no_gradient_to_what_the_policy_did_not_compute(name):
+  objective = PRESETS[name]
+
+  def loss(fields, rewards):
+    rollout = objective.prepare(rewards, BATCH.mask, **fields)
+    return objective(BATCH.log_probs, rollout)[0]
+
+  fields = {k: v for k, v in vars(BATCH).items() if k.endswith("_log_probs")}
+  jax.tree.map(
+    lambda g: np.testing.assert_array_equal(g, 0), jax.grad(loss, (0, 1))(fields, BATCH.rewards)
+  )
+  rollout = BATCH.prepare(objective)
+  direct = lambda a, w: objective(BATCH.log_probs, rollout.replace(advantages=a, weights=w))[0]
+  for gradient in jax.grad(direct, (0, 1))(rollout.advantages, rollout.weights):
+    np.testing.assert_array_equal(gradient, 0)
+
+
+# --- hypothesis
+# ----------------------------------------------------------------------------------------
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(
+  name=st.sampled_from(sorted(PRESETS)),
+  data=st.data(),
+  shape=st.tuples(st.integers(1, 3), st.integers(2, 3), st.integers(1, 4)),
+  kind=st.sampled_from([bool, np.int32, np.float32]),
+  dtype=st.sampled_from([np.float32, np.float16, jnp.bfloat16]),
+  seed=st.integers(0, 2**16),
+  spread=st.sampled_from([0.0, 0.1, 3.0, 40.0]),
+)
+def test_any_rollout_is_finite_and_blind_to_padding(name, data, shape, kind, dtype, seed, spread):
+  mask = data.draw(hnp.arrays(bool, shape))
+  rewards = data.draw(hnp.arrays(np.float32, shape[:-1], elements=st.sampled_from([0, 1, 0.5, -3])))
+  rng = np.random.default_rng(seed)
+  objective = PRESETS[name]
+  log_probs = -rng.exponential(1.0, shape)
+  others = [log_probs + spread * rng.normal(size=shape) for _ in range(3)]
+  results = []
+  for garbage in (0.0, np.nan):
+    put = lambda x: np.where(mask, x, garbage).astype(dtype)
+    old, ref, sampler = map(put, others)
+    rollout = objective.prepare(
+      rewards, mask.astype(kind), old, ref_log_probs=ref, sampler_log_probs=sampler
+    )
+    results.append(value_and_grad(objective, put(log_probs), rollout))
+  (value, gradient), (other_value, other_gradient) = results
+  assert jnp.isfinite(value)
+  assert gradient.dtype == dtype
+  assert value == other_value
+  np.testing.assert_array_equal(gradient, other_gradient)
+  np.testing.assert_array_equal(np.asarray(gradient, np.float32)[~mask], 0)
+
+
+# --- an objective is a pytree
+# --------------------------------------------------------------------------
+
+
+def test_a_schedule_compiles_once():
+  traced = chex.assert_max_traces(n=1)(lambda objective, x, r: objective(x, r)[0])
+  step = jax.jit(traced)
+  schedule = optax.schedules.linear_schedule(0.1, 0.0, 5)
+  values = []
+  for count in range(4):
+    objective = gpo.grpo(
+      beta=schedule(count), epsilon=[0.2, 1, np.float64(0.3), jnp.float32(0.1)][count]
+    )
+    values.append(step(objective, BATCH.log_probs, BATCH.prepare(objective)))
+  assert len({float(v) for v in values}) == 4
+
+
+def test_vmap_over_objectives_is_a_sweep():
+  betas = jnp.array([0.0, 0.1, 1.0])
+  rollout = BATCH.prepare(gpo.grpo())
+  sweep = jax.vmap(lambda beta: gpo.grpo(beta=beta)(BATCH.log_probs, rollout)[0])(betas)
+  expected = [gpo.grpo(beta=float(b))(BATCH.log_probs, rollout)[0] for b in betas]
+  np.testing.assert_allclose(sweep, expected, rtol=1e-6)
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), gpo.grpo(epsilon=0.1), gpo.grpo(epsilon=0.3))
+  losses = jax.vmap(lambda o: o(BATCH.log_probs, rollout)[0])(stacked)
+  expected = [gpo.grpo(epsilon=e)(BATCH.log_probs, rollout)[0] for e in (0.1, 0.3)]
+  np.testing.assert_allclose(losses, expected, rtol=1e-6)
+
+
+def test_meta_gradients_through_an_objective(x64):
+  data = batch(dtype=np.float64)
+  rollout = data.prepare(gpo.grpo())
+
+  def after_one_step(beta, epsilon):
+    objective = gpo.grpo(beta=beta, epsilon=epsilon)
+    gradient = jax.grad(lambda x: objective(x, rollout)[0])(data.log_probs)
+    return gpo.dapo()(data.log_probs - 5.0 * gradient, rollout)[0]
+
+  slope = jax.grad(after_one_step)(0.1, 0.2)
+  numeric = (after_one_step(0.1 + 1e-5, 0.2) - after_one_step(0.1 - 1e-5, 0.2)) / 2e-5
+  np.testing.assert_allclose(slope, numeric, rtol=1e-6)
+  loss = lambda epsilon: gpo.grpo(epsilon=epsilon)(data.log_probs, rollout)[0]
+  numeric = (loss(0.2 + 1e-6) - loss(0.2 - 1e-6)) / 2e-6
+  np.testing.assert_allclose(jax.grad(loss)(0.2), numeric, rtol=1e-6)
+
+
+def test_leaves_are_numbers_and_structure_is_functions():
+  objective = gpo.grpo()
+  assert len(jax.tree.leaves(objective)) == 2
+  assert jax.tree.structure(objective) == jax.tree.structure(gpo.grpo(epsilon=0.5, beta=1))
+  assert jax.tree.structure(objective) != jax.tree.structure(gpo.grpo(beta=None))
+  assert repr(jax.tree.map(lambda x: x, objective)) == repr(objective)
+  assert all(isinstance(leaf, str) for leaf in jax.tree.leaves(jax.tree.map(str, objective)))
+  (path, _), *_ = jax.tree_util.tree_leaves_with_path(objective)
+  assert "surrogate" in jax.tree_util.keystr(path)
+  assert repr(objective) == (
+    "Objective(surrogate=clip(epsilon_low=0.2), level=token, advantage=standardize, "
+    "weighting=sequence_mean, divergence=k3, beta=0.04)"
+  )
+  assert "beta" in repr(jax.jit(lambda o: (repr(o), o)[1])(objective))
+
+
+def test_replace_and_pickle():
+  objective = gpo.dapo().replace(level=levels.sequence, weighting=weightings.sequence_mean)
+  again = pickle.loads(pickle.dumps(objective))
+  rollout = BATCH.prepare(objective)
+  assert again(BATCH.log_probs, rollout)[0] == objective(BATCH.log_probs, rollout)[0]
+  assert repr(again) == repr(objective)
+
+
+def test_any_slot_may_be_a_lambda():
+  objective = gpo.Objective(
+    surrogate=lambda log_ratio, advantages: jnp.tanh(log_ratio) * advantages,
+    level=lambda log_ratio, rollout: log_ratio / 2,
+    advantage=lambda rewards, where: rewards - 0.5,
+    weighting=lambda mask, segment_ids: mask.astype(float) / 10,
+    divergence=lambda ref_log_ratio, log_ratio, rollout: ref_log_ratio**2,
+    beta=0.1,
+    corrections=(lambda log_probs, rollout: jnp.exp(-log_probs),),
+  )
+  data = type(BATCH)(**{k: v.copy() for k, v in vars(BATCH).items()})
+  rollout = data.prepare(objective)
+  x, old, ref = data.log_probs, data.old_log_probs, data.ref_log_probs
+  surrogate = np.tanh((x - old) / 2) * (data.rewards[..., None] - 0.5) * np.exp(-x)
+  expected = np.sum((0.1 * (x - ref) ** 2 - surrogate) / 10, where=data.mask)
+  loss, terms = objective(x, rollout)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  gate = (1 - np.tanh((x - old) / 2) ** 2) * (data.rewards[..., None] - 0.5)
+  np.testing.assert_allclose(terms.gate[data.mask], gate[data.mask], rtol=1e-4, atol=1e-6)
+
+
+def test_corrections_multiply_the_surrogate_only():
+  base = gpo.grpo(beta=0.3)
+  halved = base.replace(corrections=(lambda x, r: 0.5 + 0 * x, lambda x, r: 0.5 + 0 * x))
+  _, plain = base(BATCH.log_probs, BATCH.prepare(base))
+  loss, terms = halved(BATCH.log_probs, BATCH.prepare(halved))
+  np.testing.assert_array_equal(terms.divergence, plain.divergence)
+  np.testing.assert_allclose(terms.factor[BATCH.mask], 0.25)
+  expected = 0.3 * plain.divergence - 0.25 * plain.surrogate
+  np.testing.assert_allclose(terms.loss, expected, rtol=1e-5, atol=1e-7)
+  as_data = BATCH.prepare(base).replace(factor=jnp.full(BATCH.mask.shape, 0.25))
+  np.testing.assert_allclose(base(BATCH.log_probs, as_data)[0], loss, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "correction",
+  [
+    corrections.truncate_importance,
+    functools.partial(corrections.truncate_importance, level=levels.sequence_sum),
+    functools.partial(corrections.mask_importance, low=0.8, high=1.2),
+    functools.partial(corrections.mask_importance, low=0.9, high=1.1, level=levels.sequence),
+    functools.partial(corrections.binary_kl_mask, threshold=1e-3),
+    functools.partial(corrections.covariance_mask, fraction=0.1),
+  ],
+)
+def test_every_correction_composes_and_is_constant(correction):
+  objective = gpo.deepseek_v32()
+  objective = objective.replace(corrections=(*objective.corrections, correction))
+  rollout = BATCH.prepare(objective)
+  (_, terms), gradient = jax.jit(jax.value_and_grad(objective, has_aux=True))(
+    BATCH.log_probs, rollout
+  )
+  data = rollout.replace(factor=terms.factor)
+  plain = objective.replace(corrections=())
+  frozen = jax.grad(lambda x: plain(x, data)[0])(BATCH.log_probs)
+  np.testing.assert_allclose(gradient, frozen, rtol=1e-5, atol=1e-8)
+  assert jnp.std(terms.factor, where=BATCH.mask) > 0
+
+
+def test_importance_weights_by_hand():
+  data, mask = BATCH, BATCH.mask
+  rollout = data.prepare(gpo.dapo())
+  weight = np.exp(data.old_log_probs - data.sampler_log_probs)
+  value = corrections.truncate_importance(data.log_probs, rollout, cap=1.1)
+  np.testing.assert_allclose(value[mask], np.minimum(weight, 1.1)[mask], rtol=1e-5)
+  value = corrections.mask_importance(data.log_probs, rollout, low=0.9, high=1.2)
+  kept = np.where((weight >= 0.9) & (weight <= 1.2), weight, 0)
+  np.testing.assert_allclose(value[mask], kept[mask], rtol=1e-5)
+  whole = np.exp(np.sum(data.old_log_probs - data.sampler_log_probs, -1, where=mask, keepdims=True))
+  value = corrections.truncate_importance(data.log_probs, rollout, level=levels.sequence_sum)
+  expected = np.broadcast_to(np.minimum(whole, 2.0), mask.shape)
+  np.testing.assert_allclose(value[mask], expected[mask], rtol=1e-5)
+  on_policy = rollout.replace(old_log_probs=None)
+  value = corrections.truncate_importance(data.log_probs, on_policy, cap=9.0)
+  weight = np.exp(data.log_probs - data.sampler_log_probs)
+  np.testing.assert_allclose(value[mask], np.minimum(weight, 9)[mask], rtol=1e-5)
+
+
+def test_binary_kl_mask_by_hand():
+  rng = np.random.default_rng(0)
+  p, mu = rng.uniform(0.01, 0.99, (2, 1, 200))
+  a = rng.normal(size=(1, 200))
+  kl = mu * np.log(mu / p) + (1 - mu) * np.log((1 - mu) / (1 - p))
+  keep = ~((kl > 0.05) & (a * (p - mu) > 0))
+  rollout = Rollout(jnp.asarray(a), jnp.ones((1, 200)), jnp.ones((1, 200)), jnp.log(mu))
+  value = corrections.binary_kl_mask(jnp.log(p), rollout, threshold=0.05)
+  np.testing.assert_array_equal(value, keep)
+  assert 0 < keep.mean() < 1
+  certain = corrections.binary_kl_mask(jnp.zeros((1, 200)), rollout, threshold=0.05)
+  assert jnp.isfinite(certain).all()
+
+
+def test_statistics_over_the_batch_survive_cutting_as_data():
+  rng = np.random.default_rng(0)
+  entropy = np.where(BATCH.mask, rng.exponential(size=BATCH.mask.shape), np.nan).astype(np.float32)
+  objective = gpo.dapo()
+  rollout = BATCH.prepare(objective)
+  for factor in (
+    corrections.entropy_mask(entropy, rollout, quantile=0.75),
+    corrections.covariance_mask(
+      np.where(BATCH.mask, BATCH.log_probs, np.nan), rollout, fraction=0.25
+    ),
+  ):
+    dropped = 1 - np.mean(np.asarray(factor)[BATCH.mask])
+    np.testing.assert_allclose(dropped, 0.25 if dropped < 0.5 else 0.75, atol=0.05)
+    fixed = rollout.replace(factor=factor)
+    value, gradient = value_and_grad(objective, BATCH.log_probs, fixed)
+    halves = [
+      value_and_grad(objective, BATCH.log_probs[s], jax.tree.map(lambda x, s=s: x[s], fixed))
+      for s in (slice(0, 1), slice(1, 4))
+    ]
+    np.testing.assert_allclose(sum(v for v, _ in halves), value, rtol=1e-5)
+    np.testing.assert_allclose(np.concatenate([g for _, g in halves]), gradient, rtol=1e-5)
+
+
+def test_sequence_token_takes_advantages_of_tokens():
+  a = np.random.default_rng(0).normal(size=BATCH.mask.shape).astype(np.float32)
+  rollout = BATCH.prepare(gpo.gspo_token()).replace(advantages=a)
+  wide = {"epsilon_low": 0.9, "epsilon_high": 0.9}
+  _, gradient = value_and_grad(gpo.gspo_token(**wide), BATCH.log_probs, rollout)
+  d = BATCH.log_probs - BATCH.old_log_probs
+  count = np.maximum(BATCH.mask.sum(-1, keepdims=True), 1)
+  s = np.exp(np.sum(d, -1, where=BATCH.mask, keepdims=True) / count)
+  assert ((s > 0.1) & (s < 1.9)).all()
+  expected = np.where(BATCH.mask, -s * a * rollout.weights, 0)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-7)
+
+
+# --- errors
+# --------------------------------------------------------------------------------------------
+
+
+def test_bad_objectives():
+  with pytest.raises(ValueError, match=r"level=sequence .*weighting=token_mean.*sequence_mean"):
+    gpo.gspo().replace(weighting=weightings.token_mean)
+  for level in (levels.sequence_sum, functools.partial(levels.geometric, clip=0.1)):
+    with pytest.raises(ValueError, match="allow_token_weighting=True"):
+      gpo.dapo().replace(level=level)
+  allowed = gpo.gspo().replace(weighting=weightings.token_mean, allow_token_weighting=True)
+  assert jnp.isfinite(run(allowed)[0])
+  assert allowed.replace(beta=None).allow_token_weighting
+  gpo.dapo().replace(level=levels.sequence_token)
+  with pytest.raises(ValueError, match=r"divergence=k3, beta=None. Give both"):
+    gpo.grpo().replace(beta=None)
+  with pytest.raises(ValueError, match=r"divergence=None, beta=0.1"):
+    gpo.dapo().replace(beta=0.1)
+  with pytest.raises(ValueError, match="surrogate must be a function; got 'clip'"):
+    gpo.dapo().replace(surrogate="clip")
+  with pytest.raises(ValueError, match="epsilon_low must hold real numbers"):
+    gpo.dapo(epsilon_low="0.2")
+
+
+def bad_rollouts():
+  good = BATCH.prepare(gpo.deepseek_v32())
+  short = BATCH.old_log_probs[..., :-1]
+  return [
+    ({"old_log_probs": short}, r"old_log_probs must have the mask's shape.*\[4, 4, 5\]"),
+    ({"ref_log_probs": short}, "ref_log_probs must have"),
+    ({"ref_log_probs": None}, "needs rollout.ref_log_probs: pass ref_log_probs="),
+    ({"weights": good.weights[0]}, "weights must have the mask's shape"),
+    (
+      {"advantages": jnp.ones((4, 3))},
+      r"advantages must be .*got advantages \[4, 3\], mask \[4, 4, 6\]",
+    ),
+    ({"segment_ids": jnp.ones((4, 4, 6))}, "segment_ids must be integers"),
+    ({"segment_ids": jnp.ones((4, 4), int)}, r"segment_ids must be .*int.* \[4, 4\]"),
+    ({"factor": jnp.ones(3)}, r"factor must have .*factor \[3\]"),
+    ({"mask": jnp.ones((4, 4, 6), complex)}, "mask must hold real numbers"),
+  ]
+
+
+@pytest.mark.parametrize("index", range(len(bad_rollouts())))
+def test_bad_rollouts(index):
+  change, message = bad_rollouts()[index]
+  rollout = BATCH.prepare(gpo.deepseek_v32()).replace(**change)
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(gpo.deepseek_v32(), jnp.asarray(BATCH.log_probs), rollout)
+
+
+def test_bad_calls():
+  rollout = BATCH.prepare(gpo.grpo())
+  with pytest.raises(ValueError, match=r"log_probs must have the mask's shape.*\[4, 4, 5\]"):
+    gpo.grpo()(BATCH.log_probs[..., :-1], rollout)
+  with pytest.raises(ValueError, match="log_probs must hold real numbers"):
+    gpo.grpo()(BATCH.log_probs.astype(complex), rollout)
+  with pytest.raises(ValueError, match=r"one value per response, \[4, 4\].*got rewards \[4\]"):
+    gpo.grpo().prepare(BATCH.rewards[0], BATCH.mask)
+  with pytest.raises(ValueError, match=r"mask must be .*\[4, 0\]"):
+    gpo.grpo().prepare(jnp.ones(4), jnp.ones((4, 0)))
+  with pytest.raises(ValueError, match="needs rollout.sampler_log_probs"):
+    objective = gpo.dapo().replace(corrections=(corrections.truncate_importance,))
+    objective(BATCH.log_probs, BATCH.prepare(objective, sampler_log_probs=None))
+  with pytest.raises(ValueError, match=r"surrogate must return float32 \[4, 4, 6\]"):
+    gpo.dapo().replace(surrogate=lambda d, a: jnp.sum(d))(BATCH.log_probs, rollout)
+  with pytest.raises(ValueError, match="divergence must return"):
+    gpo.grpo().replace(divergence=lambda r, d, _: 1.0)(BATCH.log_probs, rollout)
+  with pytest.raises(ValueError, match="groups of at least 2"):
+    gpo.rloo().prepare(jnp.ones((4, 1)), jnp.ones((4, 1, 2)))
+
+
+def test_bad_segments_are_loud():
+  ids = jnp.array([[1, 1, 2, 2, 3, 3]])  # three responses, two rewards
+  rollout = gpo.grpo(beta=None).prepare([[1.0, 0.0]], jnp.ones((1, 6)), segment_ids=ids)
+  assert jnp.isnan(gpo.grpo(beta=None)(jnp.zeros((1, 6)), rollout)[0])
+
+
+# --- metrics
+# -------------------------------------------------------------------------------------------
+
+
+def test_metrics_by_hand():
+  objective = gpo.deepseek_v32(beta=0.2)
+  rollout = BATCH.prepare(objective)
+  loss, terms = objective(BATCH.log_probs, rollout)
+  metrics = gpo.summarize(terms, rollout)
+  m = BATCH.mask
+  d = (BATCH.log_probs - BATCH.old_log_probs)[m].astype(np.float64)
+  rho = np.exp(d)
+  a = np.broadcast_to(np.asarray(rollout.advantages), m.shape)[m]
+  high, low = (rho > 1.2) & (a > 0), (rho < 0.8) & (a < 0)
+  weight = (BATCH.old_log_probs - BATCH.sampler_log_probs)[m].astype(np.float64)
+  expected = {
+    "loss": loss,
+    "clip_fraction": np.mean(high | low),
+    "clip_fraction_low": np.mean(low),
+    "clip_fraction_high": np.mean(high),
+    "ratio_mean": rho.mean(),
+    "ratio_max": rho.max(),
+    "ratio_min": rho.min(),
+    "old_kl": np.mean(rho - 1 - d),
+    "effective_sample_size": rho.sum() ** 2 / rho.size / np.sum(rho**2),
+    "bounded_fraction": 0.0,
+    "zero_advantage_fraction": np.mean(a == 0),
+    "factor_mean": np.mean(np.asarray(terms.factor)[m]),
+    "sampler_kl": np.mean(np.exp(weight) - 1 - weight),
+    "surrogate": np.sum(np.asarray(rollout.weights * terms.surrogate)[m]),
+    "divergence": np.sum(np.asarray(rollout.weights * terms.divergence)[m]),
+  }
+  assert metrics.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
+  assert high.any()
+  assert low.any()
+
+
+@EVERY
+def test_metrics_of_a_cut_batch(name):
+  objective = PRESETS[name]
+  rollout = BATCH.prepare(objective)
+  _, terms = objective(BATCH.log_probs, rollout)
+  expected = gpo.summarize(terms, rollout)
+  cuts = [slice(0, 1), slice(1, 4)]
+  parts = [
+    objective(BATCH.log_probs[c], jax.tree.map(lambda x, c=c: x[c], rollout))[1] for c in cuts
+  ]
+  joined = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+  metrics = jax.jit(gpo.summarize)(joined, rollout)
+  assert metrics.keys() == expected.keys()
+  for key, value in expected.items():
+    np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-7, err_msg=key)
+
+
+def test_metrics_of_an_empty_batch_are_0():
+  objective = gpo.grpo()
+  rollout = BATCH.prepare(objective, mask=np.zeros_like(BATCH.mask))
+  metrics = gpo.summarize(objective(BATCH.log_probs, rollout)[1], rollout)
+  assert {float(v) for v in metrics.values()} == {0.0}
+
+
+def test_metrics_cost_nothing_when_unused():
+  rollout = BATCH.prepare(gpo.grpo())
+
+  def compiled(keep):
+    both = jax.jit(lambda x: keep(*gpo.grpo()(x, rollout)))
+    return both.lower(BATCH.log_probs).compile().cost_analysis()["flops"]
+
+  alone = compiled(lambda loss, terms: loss)
+  assert compiled(lambda loss, terms: (loss, gpo.summarize(terms, rollout))) > 1.2 * alone
+  plain = jax.jit(lambda x: grpo_with(weightings.sequence_mean)(x, rollout)[0])
+  assert plain.lower(BATCH.log_probs).compile().cost_analysis()["flops"] == alone
+
+
+def test_dual_clip_and_dro_in_an_objective():
+  for surrogate in (surrogates.dual_clip, functools.partial(surrogates.dro, beta=0.05)):
+    value, gradient = run(gpo.grpo().replace(surrogate=surrogate))
+    assert jnp.isfinite(value)
+    assert jnp.isfinite(gradient).all()
+
+
+def test_kl_in_the_reward_is_one_line():
+  kl = jnp.sum(BATCH.log_probs - BATCH.ref_log_probs, -1, where=BATCH.mask)
+  rollout = BATCH.prepare(gpo.rloo(), rewards=BATCH.rewards - 0.1 * kl)
+  assert jnp.isfinite(gpo.rloo()(BATCH.log_probs, rollout)[0])
+  assert divergences.k1(1.0, None, None) == 1.0
