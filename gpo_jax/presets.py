@@ -451,7 +451,7 @@ def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
     >>> dppo().corrections[0].func is corrections.total_variation_mask
     True
 
-  Reference: DPPO (2026), arXiv:2602.04879, the binary total variation form. There the ratio, too, is
+  Reference: DPPO (2026), arXiv:2602.04879, binary total variation. There the ratio, too, is
   taken to the sampler: let `old_log_probs` be the sampler's to have that.
   """
   return Objective(

@@ -12,6 +12,7 @@ import zipfile
 import pytest
 
 import gpo_jax
+from tests.batches import PRESETS
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -75,6 +76,24 @@ def test_the_readmes_python_blocks_print_what_they_say():
     with contextlib.redirect_stdout(output):
       exec(compile(code, "README.md", "exec"), namespace)
     assert output.getvalue().strip() == expected.strip()
+
+
+def preset_row(name):
+  """The README's row of a preset, from the code."""
+  objective = PRESETS[name]
+  say = lambda slot: "–" if slot is None else f"`{slot.func.__name__}`"
+  paper = re.search(r"arXiv:(\d+\.\d+)", getattr(gpo_jax, name).__doc__)
+  link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "below"
+  names = ("advantage", "level", "surrogate", "divergence", "weighting")
+  slots = [say(getattr(objective, slot)) for slot in names]
+  slots.append(", ".join(map(say, objective.corrections)) or "–")
+  return f"| `{name}` | {link} | {' | '.join(slots)} |"
+
+
+def test_the_readmes_table_of_presets_is_the_codes():
+  rows = re.findall(r"^\| `\w+` \|.*$", README, re.MULTILINE)
+  assert rows == [preset_row(name) for name in PRESETS]
+  assert all(getattr(gpo_jax, name) is getattr(gpo_jax.presets, name) for name in PRESETS)
 
 
 def test_the_readmes_links_and_commands_exist():

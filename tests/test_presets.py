@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
 import gpo_jax as gpo
+from tests import reference
 
 PRESETS = {
   name: function
