@@ -2,12 +2,16 @@
 
 import dataclasses
 
+SUPERVISED = "supervised"
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """What a run depends on: the same configuration gives the same numbers on the same machine.
 
   Attributes:
+    arms: the objectives to train with, by name, or `SUPERVISED`; one after another, each from the
+      same warm start.
     steps: updates of each arm after the warm start.
     seed: of every random choice.
     prompts: problems per update of reinforcement.
@@ -21,6 +25,7 @@ class Config:
     evaluate_every: updates from one evaluation on the held-out problems to the next.
   """
 
+  arms: tuple[str, ...] = ("gpo", SUPERVISED)
   steps: int = 300
   seed: int = 0
   prompts: int = 64

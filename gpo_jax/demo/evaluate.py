@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax.demo import task
-from gpo_jax.demo.objective import Metrics
 from gpo_jax.demo.policy import Policy, answer_distributions, pick, sample
+
+Metrics = dict[str, jax.Array]
 
 
 @jax.jit

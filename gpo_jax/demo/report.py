@@ -5,31 +5,39 @@ import json
 from pathlib import Path
 
 from gpo_jax.demo import task
+from gpo_jax.demo.config import SUPERVISED, Config
 from gpo_jax.demo.picture import draw
-from gpo_jax.demo.run import REINFORCEMENT, SUPERVISED, Record
+from gpo_jax.demo.run import Arm, Record
 
-TERMS = """\
-Both arms start from the same warm-started policy and make as many updates, on as many answers.
-The supervised arm is shown the right answers; reinforcement only hears which of its own are."""
+TERMS = "All start from one warm-started policy and make as many updates, on as many answers.\n"
+SHOWN = "The supervised arm is shown the right answers; the other hears which of its own are right."
+RECIPE = """\
+The policy of one update ago gives the answers, where some objectives assume the current one.
+Learning rate and batch were tuned for gpo, not for the others: this is no ranking."""
 
 
 def write(record: Record, folder: Path) -> None:
   """Writes the picture and the metrics into a folder; prints the summary and where they are."""
   picture, metrics = folder / "learning.png", folder / "metrics.json"
-  draw(record, picture, TERMS)
+  draw(record, picture, terms(record.config))
   metrics.write_text(json.dumps(as_dict(record), indent=1) + "\n")
   print(f"\n{summary(record)}\nPicture: {picture}\nMetrics: {metrics}")
 
 
-def improved(record: Record) -> bool:
-  """Tells whether reinforcement raised the held-out sampled accuracy."""
-  rows = record.arm(REINFORCEMENT).evaluations
+def terms(config: Config) -> str:
+  """Says on which terms the arms of a run are compared."""
+  return TERMS + (SHOWN if SUPERVISED in config.arms else RECIPE)
+
+
+def improved(arm: Arm) -> bool:
+  """Tells whether an arm raised the held-out sampled accuracy."""
+  rows = arm.evaluations
   return bool(rows) and rows[-1]["sampled"] > rows[0]["sampled"]
 
 
 def examples(record: Record, count: int = 3) -> list[dict[str, str]]:
-  """Gives the first held-out sums that the warm start got wrong, and what became of them."""
-  answers = record.arm(REINFORCEMENT).answers
+  """Gives the first held-out sums that the warm start got wrong, and the first arm's answers."""
+  answers = record.reinforced()[0].answers
   if not answers:
     return []
   prompts, right = task.PROMPTS[record.held_out], task.ANSWERS[record.held_out]
@@ -45,15 +53,16 @@ def summary(record: Record) -> str:
     "Held-out accuracy          sampled              greedy",
     "                       before    after      before    after      time",
   ]
-  for arm in (record.arm(REINFORCEMENT), record.arm(SUPERVISED)):
+  for arm in record.arms.values():
     if arm.evaluations:
       first, last = arm.evaluations[0], arm.evaluations[-1]
       values = (first["sampled"], last["sampled"], first["greedy"], last["greedy"])
       cells = "{:>10.1%}{:>9.1%}{:>12.1%}{:>9.1%}".format(*values)
       lines.append(f"{arm.name:<19}{cells}{arm.seconds():>8.0f} s")
-  lines.append(TERMS)
+  lines.append(terms(record.config))
   if rows := examples(record):
-    lines += ["", "Sums the warm start got wrong; answers begin with the last digit:"]
+    name = record.reinforced()[0].name
+    lines += ["", f"Sums the warm start got wrong, before and after {name}; last digit first:"]
   lines += ["  {prompt}  before {before:<6}after {after:<6}right {right}".format(**r) for r in rows]
   return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""A run: the warm start, then two arms from the policy it leaves, recorded as they go."""
+"""A run: the warm start, then arms from the policy it leaves, recorded as they go."""
 
 import dataclasses
 import functools
@@ -12,14 +12,12 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from gpo_jax.demo import task, train
-from gpo_jax.demo.config import Config
-from gpo_jax.demo.evaluate import evaluate
-from gpo_jax.demo.objective import Metrics, group_policy_loss
+from gpo_jax.demo import objectives, task, train
+from gpo_jax.demo.config import SUPERVISED, Config
+from gpo_jax.demo.evaluate import Metrics, evaluate
 from gpo_jax.demo.policy import Policy
 
-WARM_START, REINFORCEMENT, SUPERVISED = "warm start", "reinforcement", "supervised only"
-
+WARM_START = "warm start"
 Row = dict[str, float]
 Measure = Callable[[Policy], tuple[Metrics, jax.Array]]
 
@@ -76,13 +74,16 @@ class Record:
     """Gives an arm, empty where it has not begun."""
     return self.arms.get(name, Arm(name))
 
+  def reinforced(self) -> list[Arm]:
+    """Gives the arms of the objectives, in their order, empty where they have not begun."""
+    return [self.arm(name) for name in self.config.arms if name != SUPERVISED]
+
 
 def run(record: Record) -> None:
-  """Fills a record: the warm start, reinforcement, and the supervised arm from the same policy.
+  """Fills a record: the warm start, then one arm after another, with the same random choices.
 
-  The supervised arm goes on as the warm start did, its optimizer's state included, on the same
-  training problems, for as many updates on as many answers as reinforcement. It is shown the right
-  answers; reinforcement is only told which of its own are right.
+  The supervised arm is shown the right answers, as in the warm start, whose optimizer's state it
+  keeps; the others are only told which of their own are right.
   """
   config = record.config
   keys = jax.random.split(jax.random.key(config.seed), 4)
@@ -95,13 +96,21 @@ def run(record: Record) -> None:
   warm = warm_start(record.begin(WARM_START), step, start, keys[2], config.warm_start_until)
   measure = functools.partial(evaluate, reference=warm.policy, problems=held_out, key=keys[3])
 
-  optimizer = train.reinforcement_optimizer(config)
-  step = train.reinforcement_step(config, group_policy_loss, optimizer, warm.policy, problems)
-  start = train.start(warm.policy, optimizer)
-  train_arm(record.begin(REINFORCEMENT), step, start, keys[3], config, measure)
+  for name in config.arms:
+    if name == SUPERVISED:
+      step, start = train.supervised_step(config.prompts * config.samples, adam, problems), warm
+    else:
+      step, start = reinforcement(name, config, warm.policy, problems)
+    train_arm(record.begin(name), step, start, keys[3], config, measure)
 
-  step = train.supervised_step(config.prompts * config.samples, adam, problems)
-  train_arm(record.begin(SUPERVISED), step, warm, keys[3], config, measure)
+
+def reinforcement(
+  name: str, config: Config, policy: Policy, problems: jax.Array
+) -> tuple[train.Step, train.State]:
+  """Gives the update by an objective and the state before the first one, a policy its reference."""
+  optimizer = train.reinforcement_optimizer(config)
+  step = train.reinforcement_step(config, objectives.build(name), optimizer, policy, problems)
+  return step, train.start(policy, optimizer)
 
 
 def warm_start(
@@ -133,7 +142,7 @@ def train_arm(
 def _updates(
   arm: Arm, step: train.Step, state: train.State, key: jax.Array, numbers: Iterable[int]
 ) -> Iterator[tuple[int, train.State]]:
-  with tqdm(numbers, desc=f"{arm.name:>15}", unit=" updates") as bar:
+  with tqdm(numbers, desc=f"{arm.name:>19}", unit=" updates") as bar:
     for number in bar:
       state, metrics = step(state, jax.random.fold_in(key, number))
       arm.updates.append(arm.row(number, metrics))

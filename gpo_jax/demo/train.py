@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gpo_jax import Objective, Terms, summarize
 from gpo_jax.demo import task
 from gpo_jax.demo.config import Config
-from gpo_jax.demo.objective import Metrics, Objective
+from gpo_jax.demo.evaluate import Metrics
 from gpo_jax.demo.policy import Policy, answer_log_probs, sample
 
 
@@ -71,13 +72,16 @@ def reinforcement_step(
     prompts, _ = task.pose(chosen)
     answers, old_log_probs = sample(state.sampler, prompts, sample_key)
     rewards, mask = task.reward(chosen, answers), task.answer_mask(answers)
-    ref_log_probs = answer_log_probs(reference, prompts, answers)
+    ref_log_probs = None
+    if objective.divergence is not None:
+      ref_log_probs = answer_log_probs(reference, prompts, answers)
+    rollout = objective.prepare(rewards, mask, old_log_probs, ref_log_probs=ref_log_probs)
 
-    def loss_fn(policy: Policy) -> tuple[jax.Array, Metrics]:
-      log_probs = answer_log_probs(policy, prompts, answers)
-      return objective(log_probs, rewards, mask, old_log_probs, ref_log_probs)
+    def loss_fn(policy: Policy) -> tuple[jax.Array, Terms]:
+      return objective(answer_log_probs(policy, prompts, answers), rollout)
 
-    gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.policy)
+    gradients, terms = jax.grad(loss_fn, has_aux=True)(state.policy)
+    metrics = {"reward": jnp.mean(rewards), **summarize(terms, rollout)}
     return update(optimizer, state, gradients), metrics
 
   return step
