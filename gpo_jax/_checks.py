@@ -136,7 +136,11 @@ def clean(log_probs: Any, rollout: Rollout) -> tuple[jax.Array, Rollout]:
       "log_probs must have the mask's shape; got "
       f"{describe(log_probs=log_probs, mask=rollout.mask)}"
     )
-  names = [name for name in ("advantages", *_PER_TOKEN) if getattr(rollout, name) is not None]
-  fixed = jax.lax.stop_gradient([getattr(rollout, name) for name in names])
-  log_probs, *fixed = (jnp.where(rollout.mask, array, 0) for array in promote(log_probs, *fixed))
-  return log_probs, rollout.replace(**dict(zip(names, fixed, strict=True)))
+  mask, names = rollout.mask, [name for name in _PER_TOKEN if getattr(rollout, name) is not None]
+  fixed = jax.lax.stop_gradient([getattr(rollout, name) for name in ("advantages", *names)])
+  log_probs, advantages, *fixed = promote(log_probs, *fixed)
+  # One advantage per row stays one per row: broadcast to tokens it would cost a third of the loss.
+  counts = mask if advantages.shape == mask.shape else jnp.any(mask, axis=-1, keepdims=True)
+  fields = {name: jnp.where(mask, array, 0) for name, array in zip(names, fixed, strict=True)}
+  fields["advantages"] = jnp.where(counts, advantages, 0)
+  return jnp.where(mask, log_probs, 0), rollout.replace(**fields)

@@ -11,23 +11,28 @@ from gpo_jax.types import Rollout, Terms
 def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   """Reduces the terms of a step to scalars.
 
-  Sums are over active tokens and all of a call's arrays, so call it once on everything that an
-  optimizer step saw: terms of microbatches concatenate as the rollout does. What is not called
-  costs
-  nothing: compiled code drops the terms that nobody reads.
+  It reduces all of a call's arrays, so call it once on everything that an optimizer step saw: the
+  terms of microbatches concatenate as the rollout does. Compiled code drops terms that nobody
+  reads.
 
   Args:
     terms: from the objective, `[..., G, T]` each.
     rollout: the rollout it was called with.
 
   Returns:
-    Scalars by name. Weighted sums, like the loss: `loss`, `surrogate`, `divergence` (with one).
-    Means over active tokens: `clip_fraction` (no gradient although A ≠ 0; `_low` for ρ < 1, `_high`
-    for ρ > 1), `ratio_mean`, `old_kl` (estimates KL(π_old‖π)), `zero_advantage_fraction`,
-    `bounded_fraction` (|log ρ| at the bound of 20), `factor_mean` (with corrections), `sampler_kl`
-    (estimates KL(μ‖π_old), with both log-probabilities). Over active tokens: `ratio_max`,
-    `ratio_min` and `effective_sample_size`, (Σρ)²/(NΣρ²) in (0, 1]. ρ is at the objective's level.
-    A batch without a token has 0 for all.
+    Scalars by name, 0 for a batch without a token. ρ is at the objective's level.
+      `loss`, `surrogate`, `divergence`: weighted sums over tokens, like the loss.
+      `clip_fraction`: tokens whose surrogate has slope 0 although A ≠ 0; `clip_fraction_low` are
+      those
+        with ρ ≤ 1, `clip_fraction_high` those with ρ > 1. What a level or a correction holds back,
+        and CISPO's weights, do not count here.
+      `ratio_mean`, `ratio_max`, `ratio_min`: of ρ over tokens.
+      `effective_sample_size`: (Σρ)²/(NΣρ²), in (0, 1].
+      `old_kl`: an estimate of KL(π_old‖π), in nats per token.
+      `bounded_fraction`: tokens with |log ρ| at the bound of 20.
+      `zero_advantage_fraction`: tokens with A = 0.
+      `factor_mean`, `dropped_fraction`: of the corrections' factor, and of factors that are 0.
+      `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token, where both are known.
 
   Raises:
     ValueError: where the rollout does not fit the terms.
@@ -46,10 +51,10 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   count = jnp.maximum(jnp.sum(mask.astype(weights.dtype)), 1)
 
   def weighted(x: jax.Array) -> jax.Array:
-    return jnp.sum(weights * x, where=mask)
+    return jnp.sum(jnp.where(mask, weights * x, 0))
 
   def mean(x: jax.Array) -> jax.Array:
-    return jnp.sum(x.astype(weights.dtype), where=mask) / count
+    return jnp.sum(x, where=mask).astype(weights.dtype) / count
 
   ratio = jnp.exp(terms.log_ratio)
   ratio_mean, ratio_square = mean(ratio), mean(ratio**2)
@@ -78,6 +83,7 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
     metrics["divergence"] = weighted(terms.divergence)
   if terms.factor is not None:
     metrics["factor_mean"] = mean(terms.factor)
+    metrics["dropped_fraction"] = mean(terms.factor == 0)
   if rollout.sampler_log_probs is not None and rollout.old_log_probs is not None:
     log_weight = bound(rollout.old_log_probs - rollout.sampler_log_probs)
     metrics["sampler_kl"] = mean(exp_excess(log_weight))

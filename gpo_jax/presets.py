@@ -2,6 +2,9 @@
 
 Every preset returns an `Objective`; `.replace(slot=…)` turns it into the next one. Where a preset
 has `beta`, None removes the divergence and with it the need for a reference policy.
+
+To change a constant that a preset does not name, bind it:
+`grpo().replace(advantage=partial(advantages.standardize, ddof=0, eps=1e-6))`.
 """
 
 from functools import partial
@@ -10,6 +13,28 @@ import chex
 
 from gpo_jax import advantages, corrections, divergences, levels, surrogates, weightings
 from gpo_jax.objective import Objective
+
+__all__ = [
+  "cispo",
+  "dapo",
+  "deepseek_v32",
+  "dppo",
+  "dr_grpo",
+  "gmpo",
+  "gpg",
+  "gpo",
+  "grpo",
+  "gspo",
+  "gspo_token",
+  "luspo",
+  "max_rl",
+  "r1",
+  "reinforce_plus_plus",
+  "rloo",
+  "sapo",
+  "topr",
+  "vespo",
+]
 
 
 def gpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.01) -> Objective:
@@ -129,7 +154,8 @@ def gspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4)
   """GSPO: one ratio per response, the geometric mean of its tokens', clipped as a whole.
 
   Token ratios that disagree between engines or experts average out. Choose it for mixtures of
-  experts and long responses; its clip range is a thousand times narrower than a token's.
+  experts and long responses; its clip range is a thousand times narrower than a token's,
+  and one update of a small model may leave it for a third of the responses.
 
   Args:
     epsilon_low: how far a response's ratio may fall.
@@ -490,7 +516,8 @@ def topr() -> Objective:
 def gpg() -> Objective:
   """GPG: the plain policy gradient with the group's mean as baseline, averaged over tokens.
 
-  No ratio, no clip, no reference. Choose it on-policy when simplicity counts. (The paper's factor
+  No ratio, no clip, no reference. Choose it on-policy when simplicity counts: it
+  does not see that samples are stale. (The paper's factor
   for groups without variance is left to you: a constant times the advantages.)
 
   Returns:

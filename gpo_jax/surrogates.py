@@ -47,16 +47,16 @@ def clip(
   arXiv:2503.14476, Eq. 8; the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
   # The clip caps ρ from above where A > 0, from below elsewhere. By strict comparison a tie keeps
-  # the unclipped gradient, which `jnp.minimum` would halve; in log space rounding spares the tie.
+  # the unclipped gradient, which `jnp.minimum` halves; exp(log1p(ε)) rounds like exp(log_ratio).
   positive = advantages > 0
   epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
   reach = jnp.where(positive, epsilon_high, jnp.maximum(-jnp.asarray(epsilon_low), -1))
-  limit, log_limit = 1 + reach, jnp.log1p(reach)
-  clipped = jnp.where(positive, log_ratio > log_limit, log_ratio < log_limit) | jnp.isnan(limit)
-  ratio = jnp.where(clipped, limit, jnp.exp(log_ratio))
+  limit = jnp.exp(jnp.log1p(reach))
+  ratio = jnp.exp(log_ratio)
+  clipped = jnp.where(positive, ratio > limit, ratio < limit) | jnp.isnan(limit)
+  ratio = jnp.where(clipped, limit, ratio)
   if max_ratio is not None:
-    capped = (log_ratio > jnp.log(max_ratio)) & (ratio > max_ratio) | jnp.isnan(max_ratio)
-    ratio = jnp.where(capped, max_ratio, ratio)
+    ratio = jnp.where((ratio > max_ratio) | jnp.isnan(max_ratio), max_ratio, ratio)
   return ratio * advantages
 
 

@@ -1,7 +1,6 @@
 """Random rollouts for the tests: ragged, with holes, empty rows, equal rewards, stale samplers."""
 
 import dataclasses
-import inspect
 
 import jax
 import numpy as np
@@ -10,11 +9,7 @@ import gpo_jax as gpo
 from gpo_jax import presets
 
 NEEDED = {"dr_grpo": {"length": 8}}
-PRESETS = {
-  name: fn(**NEEDED.get(name, {}))
-  for name, fn in vars(presets).items()
-  if inspect.isfunction(fn) and fn.__module__ == presets.__name__
-}
+PRESETS = {name: getattr(presets, name)(**NEEDED.get(name, {})) for name in presets.__all__}
 
 
 @dataclasses.dataclass

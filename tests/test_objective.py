@@ -574,6 +574,7 @@ def test_metrics_by_hand():
     "bounded_fraction": 0.0,
     "zero_advantage_fraction": np.mean(a == 0),
     "factor_mean": np.mean(np.asarray(terms.factor)[m]),
+    "dropped_fraction": np.mean(np.asarray(terms.factor)[m] == 0),
     "sampler_kl": np.mean(np.exp(weight) - 1 - weight),
     "surrogate": np.sum(np.asarray(rollout.weights * terms.surrogate)[m]),
     "divergence": np.sum(np.asarray(rollout.weights * terms.divergence)[m]),

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import io
 import pathlib
 import re
@@ -93,6 +94,8 @@ def preset_row(name):
 def test_the_readmes_table_of_presets_is_the_codes():
   rows = re.findall(r"^\| `\w+` \|.*$", README, re.MULTILINE)
   assert rows == [preset_row(name) for name in PRESETS]
+  written = inspect.getmembers(gpo_jax.presets, inspect.isfunction)
+  assert {name for name, fn in written if fn.__module__ == "gpo_jax.presets"} == set(PRESETS)
   assert all(getattr(gpo_jax, name) is getattr(gpo_jax.presets, name) for name in PRESETS)
 
 

@@ -5,11 +5,7 @@ import inspect
 from gpo_jax import Objective, presets
 from gpo_jax.demo import task
 
-PRESETS = {
-  name: preset
-  for name, preset in inspect.getmembers(presets, inspect.isfunction)
-  if preset.__module__ == presets.__name__ and not name.startswith("_")
-}
+PRESETS = {name: getattr(presets, name) for name in presets.__all__}
 
 
 def build(name: str) -> Objective:
