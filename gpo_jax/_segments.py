@@ -4,31 +4,50 @@ import jax
 import jax.numpy as jnp
 
 
+def _starts(segment_ids: jax.Array) -> jax.Array:
+  """Marks the first token of each segment."""
+  changes = segment_ids[..., 1:] != segment_ids[..., :-1]
+  return jnp.concatenate([jnp.ones_like(segment_ids[..., :1], bool), changes], axis=-1)
+
+
 def cumsum(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Sums along the last axis, up to and including each token, anew in each segment."""
   if segment_ids is None:
     return jnp.cumsum(x, axis=-1)
-  starts = jnp.ones_like(segment_ids, bool)
-  starts = starts.at[..., 1:].set(segment_ids[..., 1:] != segment_ids[..., :-1])
 
   def combine(left, right):
     left_start, left_sum = left
     right_start, right_sum = right
     return left_start | right_start, jnp.where(right_start, right_sum, left_sum + right_sum)
 
-  return jax.lax.associative_scan(combine, (starts, x), axis=-1)[1]
+  return jax.lax.associative_scan(combine, (_starts(segment_ids), x), axis=-1)[1]
 
 
 def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Sums each segment (each row without `segment_ids`); every token gets its segment's sum."""
   if segment_ids is None:
     return jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), x.shape)
-  backward = jnp.flip(cumsum(jnp.flip(x, -1), jnp.flip(segment_ids, -1)), -1)
-  return cumsum(x, segment_ids) + backward - x
+
+  def of_row(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.zeros_like(x).at[index].add(x)[index]
+
+  # Numbering a row's segments anew bounds the index by the row's length, whatever the ids are.
+  index = jnp.cumsum(_starts(segment_ids).astype(jnp.int32), axis=-1) - 1
+  for _ in range(x.ndim - 1):
+    of_row = jax.vmap(of_row)
+  return of_row(x, index)
+
+
+def count(active: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """Counts the segments (the rows without `segment_ids`) that have an active token."""
+  some = total(active, segment_ids) > 0
+  if segment_ids is None:
+    return jnp.sum(some[..., 0].astype(active.dtype))
+  return jnp.sum((some & _starts(segment_ids)).astype(active.dtype))
 
 
 def mean(x: jax.Array, mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Averages each segment's active tokens; 0 where a segment has none."""
   active = mask.astype(x.dtype)
-  count = jnp.maximum(total(active, segment_ids), 1)
-  return total(jnp.where(mask.astype(bool), x, 0), segment_ids) / count
+  lengths = jnp.maximum(total(active, segment_ids), 1)
+  return total(jnp.where(mask.astype(bool), x, 0), segment_ids) / lengths

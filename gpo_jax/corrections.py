@@ -306,8 +306,7 @@ def covariance_mask(
 ) -> jax.Array:
   """Drops the tokens whose update costs the most entropy.
 
-      cov_t = (log π_t − mean(log π)) (A_t − mean(A));   0 for the `fraction` of tokens with the
-      largest
+      cov_t = (log π_t − mean(log π)) (A_t − mean(A));   0 for the top `fraction` of tokens
 
   The statistics are over the tokens of one call: to cut a batch, compute it once, as
   `rollout.factor`. (The paper drops that many at random among tokens above a bound; this drops the

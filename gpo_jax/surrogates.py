@@ -21,8 +21,7 @@ def clip(
 ) -> jax.Array:
   """Clips the ratio where moving further would raise the objective.
 
-      min(ρA, clip(ρ, 1−ε_low, 1+ε_high) A);   with `max_ratio`, ρ is min(ρ, max_ratio) in its first
-      place
+      min(ρA, clip(ρ, 1−ε_low, 1+ε_high) A);   with `max_ratio`, min(min(ρ, max_ratio)A, clip(ρ)A)
 
   At a limit the gradient is the unclipped branch's.
 
@@ -42,8 +41,7 @@ def clip(
     >>> print(clip(log_ratio, advantages, epsilon_low=0.25, epsilon_high=0.25))
     [ 1.25  0.5  -1.5  -0.75]
 
-  Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 7; unequal limits, Yu et al. (2025,
-    DAPO),
+  Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 7; unequal limits, Yu et al. (2025, DAPO),
   arXiv:2503.14476, Eq. 8; the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
   # The clip caps ρ from above where A > 0, from below elsewhere. By strict comparison a tie keeps

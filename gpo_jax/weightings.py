@@ -17,11 +17,6 @@ def _active(mask: jax.Array) -> jax.Array:
   return jnp.asarray(mask).astype(bool).astype(jax.dtypes.canonicalize_dtype(float))
 
 
-def _count_responses(active: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  first = (_segments.cumsum(active, segment_ids) == 1) & (active == 1)
-  return jnp.maximum(jnp.sum(first.astype(active.dtype)), 1)
-
-
 def token_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
   """Gives every token of the batch the same weight.
 
@@ -68,7 +63,7 @@ def sequence_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.
   """
   active = _active(mask)
   lengths = jnp.maximum(_segments.total(active, segment_ids), 1)
-  return active / lengths / _count_responses(active, segment_ids)
+  return active / lengths / jnp.maximum(_segments.count(active, segment_ids), 1)
 
 
 def sequence_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -92,7 +87,7 @@ def sequence_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.A
   arXiv:2602.05261.
   """
   active = _active(mask)
-  return active / _count_responses(active, segment_ids)
+  return active / jnp.maximum(_segments.count(active, segment_ids), 1)
 
 
 def constant_length(
