@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gpo_jax as gpo
+from benchmarks.peers import torch_contestants
 from benchmarks.timing import interleave, table
 
 SHAPES = [(8, 8, 1024), (64, 8, 2048)]
@@ -75,6 +76,7 @@ def main() -> str:
       "gpo_jax": functools.partial(ours, *arguments),
       "gpo_jax with metrics": functools.partial(with_metrics, *arguments),
       "floor: read 4 arrays, write 1": functools.partial(jax.jit(floor), *plain),
+      **torch_contestants(plain),
     }
     rows, length = shape[0] * shape[1], shape[2]
     title = f"GRPO loss and gradient, {rows} rows of {length} tokens, float32, 30 % padding"

@@ -186,38 +186,14 @@ class Objective:
       ValueError: where shapes or dtypes do not fit, or the rollout lacks what a slot needs.
     """
     log_probs, rollout = _checks.clean(log_probs, rollout)
+    if self.divergence is not None and rollout.ref_log_probs is None:
+      raise ValueError(
+        f"divergence={_describe(self.divergence)} needs rollout.ref_log_probs: pass "
+        "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
+      )
     slots = jax.tree.map(lambda leaf: leaf.astype(log_probs.dtype), self)
-    fixed = jax.lax.stop_gradient(log_probs)
-    old_log_probs = fixed if rollout.old_log_probs is None else rollout.old_log_probs
-    token_log_ratio = log_probs - old_log_probs
-    log_ratio = bound(slots.level(token_log_ratio, rollout))
-
-    surrogate, gate = jax.jvp(
-      lambda x: _checks.like("surrogate", slots.surrogate(x, rollout.advantages), x),
-      (log_ratio,),
-      (jnp.ones_like(log_ratio),),
-    )
-    loss, factor, divergence = -surrogate, None, None
-    factors = [correction(fixed, rollout) for correction in slots.corrections]
-    if rollout.factor is not None:
-      factors.append(rollout.factor)
-    if factors:
-      factor = jax.lax.stop_gradient(functools.reduce(jnp.multiply, factors))
-      loss = -_checks.like("corrections", factor, log_probs) * surrogate
-    token_log_ratio = bound(token_log_ratio)
-    if slots.divergence is not None:
-      if rollout.ref_log_probs is None:
-        raise ValueError(
-          f"divergence={_describe(self.divergence)} needs rollout.ref_log_probs: pass "
-          "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
-        )
-      ref_log_ratio = bound(log_probs - rollout.ref_log_probs)
-      divergence = slots.divergence(ref_log_ratio, token_log_ratio, rollout)
-      loss = loss + slots.beta * _checks.like("divergence", divergence, log_probs)
-
-    terms = Terms(loss, surrogate, gate, log_ratio, token_log_ratio, divergence, factor)
-    total = jnp.sum(jnp.where(rollout.mask, rollout.weights * loss, 0))
-    return total, jax.lax.stop_gradient(terms)
+    # To compute a token's slope anew is cheaper than to store and read what it needs, [..., G, T].
+    return jax.checkpoint(_evaluate)(slots, log_probs, rollout)
 
   def replace(self, **slots: Any) -> "Objective":
     """Returns a copy with these slots replaced."""
@@ -244,6 +220,35 @@ class Objective:
     for name, value in (slots | {"allow_token_weighting": allow_token_weighting}).items():
       object.__setattr__(self, name, value)
     return self
+
+
+def _evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
+  fixed = jax.lax.stop_gradient(log_probs)
+  old_log_probs = fixed if rollout.old_log_probs is None else rollout.old_log_probs
+  token_log_ratio = log_probs - old_log_probs
+  log_ratio = bound(slots.level(token_log_ratio, rollout))
+  token_log_ratio = bound(token_log_ratio)
+
+  surrogate, gate = jax.jvp(
+    lambda x: _checks.like("surrogate", slots.surrogate(x, rollout.advantages), x),
+    (log_ratio,),
+    (jnp.ones_like(log_ratio),),
+  )
+  loss, factor, divergence = -surrogate, None, None
+  factors = [correction(fixed, rollout) for correction in slots.corrections]
+  factors += [] if rollout.factor is None else [rollout.factor]
+  if factors:
+    factor = jax.lax.stop_gradient(functools.reduce(jnp.multiply, factors))
+    loss = -_checks.like("corrections", factor, log_probs) * surrogate
+  ref_log_probs, beta = rollout.ref_log_probs, slots.beta
+  if slots.divergence is not None and ref_log_probs is not None and beta is not None:
+    ref_log_ratio = bound(log_probs - ref_log_probs)
+    divergence = slots.divergence(ref_log_ratio, token_log_ratio, rollout)
+    loss = loss + beta * _checks.like("divergence", divergence, log_probs)
+
+  terms = Terms(loss, surrogate, gate, log_ratio, token_log_ratio, divergence, factor)
+  total = jnp.sum(jnp.where(rollout.mask, rollout.weights * loss, 0))
+  return total, jax.lax.stop_gradient(terms)
 
 
 def _as_data(name: str, value: Any) -> Any:

@@ -41,8 +41,8 @@ def clip(
     >>> print(clip(log_ratio, advantages, epsilon_low=0.25, epsilon_high=0.25))
     [ 1.25  0.5  -1.5  -0.75]
 
-  Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 7; unequal limits, Yu et al. (2025, DAPO),
-  arXiv:2503.14476, Eq. 8; the cap, INTELLECT-2 (2025), arXiv:2505.07291.
+  Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 7; unequal limits, Yu et al. (2025),
+  arXiv:2503.14476, Eq. 8 (DAPO); the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
   # The clip caps ρ from above where A > 0, from below elsewhere. By strict comparison a tie keeps
   # the unclipped gradient, which `jnp.minimum` halves; exp(log1p(ε)) rounds like exp(log_ratio).
