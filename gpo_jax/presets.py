@@ -14,26 +14,26 @@ import chex
 from gpo_jax import advantages, corrections, divergences, levels, surrogates, weightings
 from gpo_jax.objective import Objective
 
-__all__ = [
-  "cispo",
-  "dapo",
-  "deepseek_v32",
-  "dppo",
-  "dr_grpo",
-  "gmpo",
-  "gpg",
+__all__ = [  # noqa: RUF022 – in the order of this page
   "gpo",
   "grpo",
+  "dr_grpo",
+  "dapo",
   "gspo",
   "gspo_token",
-  "luspo",
-  "max_rl",
-  "r1",
-  "reinforce_plus_plus",
-  "rloo",
+  "cispo",
   "sapo",
-  "topr",
+  "gmpo",
+  "rloo",
+  "reinforce_plus_plus",
+  "deepseek_v32",
+  "r1",
   "vespo",
+  "luspo",
+  "dppo",
+  "topr",
+  "gpg",
+  "max_rl",
 ]
 
 
