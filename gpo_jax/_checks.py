@@ -61,7 +61,11 @@ def promote(*arrays: chex.Array) -> list[jax.Array]:
 
 def as_parameter(name: str, value: Any) -> jax.Array | np.ndarray:
   """Gives a number bound to a slot the default float dtype; arrays keep their shape, for sweeps."""
-  value = as_array(name, value)
+  try:
+    value = as_array(name, value)
+  except ValueError as error:
+    remedy = "bind numbers and arrays to a slot's function, and close over anything else"
+    raise ValueError(f"{error}; {remedy}") from error
   dtype = jax.dtypes.canonicalize_dtype(float)
   return jnp.asarray(value, dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
 

@@ -59,10 +59,13 @@ def center(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
 
 
 def _divide_by_std(centered, where, count, ddof, eps, axis=-1) -> jax.Array:
-  square = jnp.sum(jnp.where(where, centered, 0) ** 2, axis=axis, keepdims=True)
-  std = jnp.sqrt(square / jnp.maximum(count - ddof, 1))
+  # In units of the largest deviation neither 1e30 nor 1e-30 leaves float32's range when squared.
+  scale = jnp.max(jnp.abs(centered), axis=axis, keepdims=True, where=where, initial=0)
+  unit = jnp.where(scale == 0, 1, scale)
+  square = jnp.sum(jnp.where(where, centered / unit, 0) ** 2, axis=axis, keepdims=True)
+  std = scale * jnp.sqrt(square / jnp.maximum(count - ddof, 1))
   # Equal rewards are 0/0 with eps = 0; a NaN is not equal to 0 and stays.
-  return jnp.where(std == 0, 0, centered / jnp.where(std == 0, 1, std + eps))
+  return jnp.where(scale == 0, 0, centered / jnp.where(scale == 0, 1, std + eps))
 
 
 def standardize(
@@ -186,7 +189,8 @@ def max_rl(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   """
   rewards, where, count = _inputs(rewards, where)
   mean = jnp.sum(jnp.where(where, rewards, 0), -1, keepdims=True) / count
-  return jnp.where(mean <= 0, 0, center(rewards, where) / jnp.where(mean <= 0, 1, mean))
+  advantages = jnp.where(mean <= 0, 0, center(rewards, where) / jnp.where(mean <= 0, 1, mean))
+  return advantages + (mean - mean)  # a reward of −∞ must not end as 0
 
 
 def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:

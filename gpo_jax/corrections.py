@@ -44,7 +44,7 @@ def _behaviour(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
 
 def _drop(dropped: jax.Array, statistic: jax.Array) -> jax.Array:
   # x − x is 0, or NaN where the statistic is not finite: a comparison alone would hide that.
-  return jnp.where(dropped, 0, 1 + (statistic - statistic))
+  return jnp.where(dropped, 0, 1) + (statistic - statistic)
 
 
 def _importance(log_probs: jax.Array, rollout: Rollout, level: Level, name: str) -> jax.Array:
@@ -82,7 +82,7 @@ def truncate_importance(
     [1.2 2. ]
 
   Reference: Yao et al. (2025), "Your efficient RL framework secretly brings you off-policy
-    training".
+  training".
   """
   return jnp.minimum(_importance(log_probs, rollout, level, "truncate_importance"), cap)
 
@@ -185,7 +185,8 @@ def total_variation_mask(
   Reference: DPPO (2026), arXiv:2602.04879, the binary total variation form.
   """
   moved = jnp.abs(jnp.exp(log_probs) - jnp.exp(_behaviour(log_probs, rollout)))
-  return _drop(_away(log_probs, rollout) & (moved > threshold), moved)
+  drift = log_probs - _behaviour(log_probs, rollout)
+  return _drop(_away(log_probs, rollout) & (moved > threshold), drift)
 
 
 def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric) -> jax.Array:
@@ -214,7 +215,7 @@ def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Nu
   tiny = jnp.finfo(log_probs.dtype).tiny
   rest, old_rest = (jnp.maximum(-jnp.expm1(x), tiny) for x in (log_probs, old))
   kl = jnp.exp(old) * (old - log_probs) + old_rest * (jnp.log(old_rest) - jnp.log(rest))
-  return _drop(_away(log_probs, rollout) & (kl > threshold), kl)
+  return _drop(_away(log_probs, rollout) & (kl > threshold), old - log_probs)
 
 
 def _response_log_ratio(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
@@ -310,8 +311,8 @@ def covariance_mask(
 
   The statistics are over the tokens of one call: to cut a batch, compute it once, as
   `rollout.factor`. (The paper drops that many at random among tokens above a bound; this drops the
-  top ones.) To penalise instead of dropping (kl-cov), give those tokens a penalty in your own
-  surrogate.
+  top ones.) To penalise them instead (kl-cov), keep `chosen = 1 - covariance_mask(…)` as data and add
+  `jnp.sum(rollout.weights * chosen * jnp.abs(log_probs - old_log_probs), where=rollout.mask)`.
 
   Args:
     log_probs: log π, `[..., T]`.

@@ -148,7 +148,8 @@ def unbiased(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -
   """Takes ρ(e^−δ + δ − 1) with ρ differentiable: unbiased for KL(π‖π_ref) off-policy as well.
 
   Computed as sg(ρ(e^−δ + δ − 1)) + sg(ρδ)(log π − sg(log π)), the same value and gradient: added up
-  by autodiff, the two parts of the gradient cancel, and nothing is left of ρδ at δ = −30.
+  by autodiff, the two parts of the gradient cancel, and nothing is left of ρδ at δ = −30. First
+  derivatives only: the second is not that of the formula.
 
   Args:
     ref_log_ratio: δ, any shape.

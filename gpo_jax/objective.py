@@ -39,7 +39,9 @@ class Objective:
 
   An objective is a pytree: the numbers bound to its functions (`functools.partial(clip,
   epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
-  once, `jax.vmap` over objectives is a sweep and `jax.grad` through one gives meta-gradients.
+  once, `jax.vmap` over objectives is a sweep and `jax.grad` through one gives meta-gradients. Bind
+  numbers and arrays only; a lambda closes over anything else. Slots are traced, outside `jax.jit`
+  too.
 
   Attributes:
     surrogate: `(log_ratio, advantages) -> objective`, to be maximised; see `gpo_jax.surrogates`.
@@ -88,7 +90,12 @@ class Objective:
       if not callable(value):
         raise ValueError(f"{name} must be a function; got {value!r:.60}")
       object.__setattr__(self, name, _as_data(name, value))
+    if callable(self.beta):
+      raise ValueError("beta must be a number; got a function: pass beta=schedule(step)")
     object.__setattr__(self, "beta", _as_data("beta", self.beta))
+    slots = self.corrections
+    if not isinstance(slots, tuple | list) or not all(map(callable, slots)):
+      raise ValueError(f"corrections must be a tuple of functions; got {slots!r:.60}")
     corrections = tuple(_as_data("corrections", correction) for correction in self.corrections)
     object.__setattr__(self, "corrections", corrections)
     if (self.divergence is None) != (self.beta is None):
@@ -120,7 +127,9 @@ class Objective:
     """Computes advantages and weights, once, over all that one optimizer step sees.
 
     A response without an active token is left out of its group's statistics. To compute advantages
-    in another way, build the `Rollout` yourself or replace its field.
+    in another way, build the `Rollout` yourself or replace its field. A flat batch, rewards `[B]`
+    and mask `[B, T]`, is one group of B: reshape it to `[P, G]` and `[P, G, T]`, or give
+    `group_ids`.
 
     Args:
       rewards: `[..., G]`, G samples of one prompt along the last axis; of packed rows `[..., S]`,
@@ -138,6 +147,15 @@ class Objective:
 
     Raises:
       ValueError: where shapes do not fit.
+
+    Example:
+      >>> import gpo_jax as gpo
+      >>> ids, group_ids = jnp.array([[1, 1, 2, 2, 3, 0]]), jnp.array([[7, 7, 8]])
+      >>> mask, rewards = ids > 0, jnp.array([[1.0, 0.0, 1.0]])  # a row of three responses
+      >>> objective = gpo.dr_grpo(length=4)
+      >>> rollout = objective.prepare(rewards, mask, segment_ids=ids, group_ids=group_ids)
+      >>> print(rollout.advantages[mask])
+      [ 0.5  0.5 -0.5 -0.5  0. ]
     """
     rewards = jnp.asarray(_checks.as_array("rewards", rewards))
     mask = _checks.as_mask("mask", mask)
@@ -158,7 +176,8 @@ class Objective:
     else:
       advantages = by_group(self.advantage, rewards, group_ids, present)
     if segment_ids is not None:
-      index = jnp.clip(segment_ids - 1, 0)
+      # An id outside 1 … S must not find another response's advantage: it becomes NaN, loudly.
+      index = jnp.where(segment_ids < 1, rewards.shape[-1], segment_ids - 1)
       advantages = jnp.take_along_axis(advantages, index, axis=-1, mode="fill", fill_value=jnp.nan)
     rollout = Rollout(
       advantages=advantages,
@@ -191,7 +210,11 @@ class Objective:
         f"divergence={_describe(self.divergence)} needs rollout.ref_log_probs: pass "
         "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
       )
-    slots = jax.tree.map(lambda leaf: leaf.astype(log_probs.dtype), self)
+    if self.beta is not None and jnp.ndim(self.beta):
+      raise ValueError(
+        f"beta must be a scalar; got shape {list(jnp.shape(self.beta))}: sweep it by jax.vmap"
+      )
+    slots = jax.tree.map(lambda leaf: jnp.asarray(leaf, log_probs.dtype), self)
     # To compute a token's slope anew is cheaper than to store and read what it needs, [..., G, T].
     return jax.checkpoint(_evaluate)(slots, log_probs, rollout)
 
@@ -226,7 +249,8 @@ def _evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple
   fixed = jax.lax.stop_gradient(log_probs)
   old_log_probs = fixed if rollout.old_log_probs is None else rollout.old_log_probs
   token_log_ratio = log_probs - old_log_probs
-  log_ratio = bound(slots.level(token_log_ratio, rollout))
+  log_ratio = slots.level(token_log_ratio, rollout)
+  log_ratio = bound(_checks.like("level", log_ratio, token_log_ratio))
   token_log_ratio = bound(token_log_ratio)
 
   surrogate, gate = jax.jvp(
@@ -238,7 +262,7 @@ def _evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple
   factors = [correction(fixed, rollout) for correction in slots.corrections]
   factors += [] if rollout.factor is None else [rollout.factor]
   if factors:
-    factor = jax.lax.stop_gradient(functools.reduce(jnp.multiply, factors))
+    factor = functools.reduce(jnp.multiply, factors)
     loss = -_checks.like("corrections", factor, log_probs) * surrogate
   ref_log_probs, beta = rollout.ref_log_probs, slots.beta
   if slots.divergence is not None and ref_log_probs is not None and beta is not None:

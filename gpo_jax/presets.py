@@ -408,8 +408,8 @@ def vespo(
 ) -> Objective:
   """VESPO: a smooth kernel of the whole response's ratio, instead of a clip.
 
-  It needs no division by length and fades stale responses out, bad ones sooner. Choose it for
-  asynchronous training with large staleness.
+  It needs no division by length and fades out responses whose ratio has left 1: bad ones sooner
+  below 1, good ones sooner above. Choose it for asynchronous training with large staleness.
 
   Args:
     k_pos: k of the kernel where A ≥ 0.
@@ -516,9 +516,9 @@ def topr() -> Objective:
 def gpg() -> Objective:
   """GPG: the plain policy gradient with the group's mean as baseline, averaged over tokens.
 
-  No ratio, no clip, no reference. Choose it on-policy when simplicity counts: it
-  does not see that samples are stale. (The paper's factor
-  for groups without variance is left to you: a constant times the advantages.)
+  No ratio, no clip, no reference. Choose it on-policy when simplicity counts: it does not see that
+  samples are stale. (The paper's factor for groups without variance is left to you: a constant
+  times the advantages.)
 
   Returns:
     The objective.

@@ -9,7 +9,8 @@ value and in gradient, for χ²(π_current‖π_ref) − KL(π_current‖π_ref)
 policies agree, and equals the KL to second order around there, but it is not a KL: below r = 0.203
 it rewards pushing a likelihood further down. The unbiased estimator of KL(π_current‖π_ref) turns r
 around, ρ_i (1/r_i + log r_i − 1) (DeepSeek-V3.2, 2025, arXiv:2512.02556, Eq. 7): exchange the
-arguments `pi_current` and `pi_ref` to have it.
+arguments `pi_current` and `pi_ref` of `gpo_objective` to have it, and differentiate with `jax.grad`
+(`gpo_value_and_grad` would then differentiate the reference).
 """
 
 import functools

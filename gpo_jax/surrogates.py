@@ -48,8 +48,9 @@ def clip(
   # the unclipped gradient, which `jnp.minimum` halves; exp(log1p(ε)) rounds like exp(log_ratio).
   positive = advantages > 0
   epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
-  reach = jnp.where(positive, epsilon_high, jnp.maximum(-jnp.asarray(epsilon_low), -1))
-  limit = jnp.exp(jnp.log1p(reach))
+  reach = jnp.where(positive, epsilon_high, -jnp.asarray(epsilon_low))
+  open_end = reach <= -1  # 1 − ε ≤ 0: no ratio is that low
+  limit = jnp.where(open_end, 0, jnp.exp(jnp.log1p(jnp.where(open_end, 0, reach))))
   ratio = jnp.exp(log_ratio)
   clipped = jnp.where(positive, ratio > limit, ratio < limit) | jnp.isnan(limit)
   ratio = jnp.where(clipped, limit, ratio)

@@ -9,8 +9,9 @@ Axes: `[..., G, T]`, T tokens last, G samples of one prompt before it, leading a
     weighting(mask, segment_ids)                       -> weights
     advantage(rewards, where)                          -> advantages, group = last axis
 
-All but the last take and return arrays `[..., G, T]`. `log_ratio` is log π − log π_old,
-`ref_log_ratio` is log π − log π_ref.
+All but the last return arrays `[..., G, T]` and take them, except that advantages are `[..., G, 1]`
+where a response has one. Within an objective masks are bools and masked positions hold 0.
+`log_ratio` is log π − log π_old, `ref_log_ratio` is log π − log π_ref.
 """
 
 import dataclasses
@@ -46,7 +47,8 @@ class Rollout:
     sampler_log_probs: log-probabilities as the sampler reported them, `[..., G, T]`, for
       corrections.
     segment_ids: which response each token of a packed row belongs to, `[..., G, T]` integers: 1, 2,
-      … in order, 0 for padding; None if a row holds one response.
+      … in order, 0 for padding; a masked token inside a response carries its id too. None if a row
+      holds one response.
     factor: a correction computed beforehand over the whole batch, `[..., G, T]`.
   """
 

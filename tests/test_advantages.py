@@ -147,6 +147,18 @@ def test_standardized_is_invariant_and_centered_follows():
   np.testing.assert_allclose(exact(REWARDS[:, order]), exact(REWARDS)[:, order], rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_no_size_of_rewards_leaves_the_range(size):
+  exact = Partial(adv.standardize, eps=0.0)
+  rewards = jnp.array([1.0, 0.0, 0.5, 1.0])
+  np.testing.assert_allclose(exact(rewards * size), exact(rewards), rtol=1e-5)
+
+
+def test_an_infinite_reward_is_not_hidden():
+  for fn in (adv.center, adv.standardize, adv.leave_one_out, adv.max_rl):
+    assert not jnp.isfinite(fn(jnp.array([1.0, -jnp.inf, 0.0]))).all()
+
+
 def test_a_large_offset_does_no_harm():
   rewards = jnp.array([1e6, 1e6 + 1, 1e6 + 2, 1e6 + 3])
   np.testing.assert_allclose(adv.standardize(rewards), adv.standardize(jnp.arange(4.0)), rtol=1e-6)

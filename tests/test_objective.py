@@ -124,7 +124,7 @@ def test_nothing_bad_on_an_active_token_is_hidden(name, bad):
   for field in ("log_probs", "old_log_probs", "ref_log_probs", "sampler_log_probs"):
     needed = {
       "ref_log_probs": objective.divergence is not None,
-      "sampler_log_probs": name in ("deepseek_v32", "dppo") and not np.isinf(bad),
+      "sampler_log_probs": name in ("deepseek_v32", "dppo"),
     }
     if not needed.get(field, True):
       continue
@@ -540,7 +540,24 @@ def test_bad_calls():
     gpo.rloo().prepare(jnp.ones((4, 1)), jnp.ones((4, 1, 2)))
 
 
+def test_bad_settings_say_what_to_do():
+  with pytest.raises(ValueError, match=r"beta=schedule\(step\)"):
+    gpo.grpo(beta=optax.schedules.linear_schedule(0.1, 0.0, 5))
+  for bad in (corrections.topr, None, (1.0,)):
+    with pytest.raises(ValueError, match="corrections must be a tuple of functions"):
+      gpo.dapo().replace(corrections=bad)
+  with pytest.raises(ValueError, match=r"mode must hold real numbers.*close over anything else"):
+    gpo.dapo().replace(surrogate=functools.partial(surrogates.clip, mode="x"))
+  with pytest.raises(ValueError, match=r"beta must be a scalar; got shape \[2\]"):
+    gpo.grpo(beta=jnp.ones(2))(BATCH.log_probs, BATCH.prepare(gpo.grpo()))
+  with pytest.raises(ValueError, match="level must return"):
+    gpo.dapo().replace(level=lambda d, r: d[..., :1])(BATCH.log_probs, BATCH.prepare(gpo.dapo()))
+
+
 def test_bad_segments_are_loud():
+  from_zero = jnp.array([[0, 0, 1, 1, 2, 2]])
+  rollout = gpo.grpo(beta=None).prepare([[1.0, 0.0, 0.5]], jnp.ones((1, 6)), segment_ids=from_zero)
+  assert jnp.isnan(gpo.grpo(beta=None)(jnp.zeros((1, 6)), rollout)[0])
   ids = jnp.array([[1, 1, 2, 2, 3, 3]])  # three responses, two rewards
   rollout = gpo.grpo(beta=None).prepare([[1.0, 0.0]], jnp.ones((1, 6)), segment_ids=ids)
   assert jnp.isnan(gpo.grpo(beta=None)(jnp.zeros((1, 6)), rollout)[0])
