@@ -311,8 +311,8 @@ def covariance_mask(
 
   The statistics are over the tokens of one call: to cut a batch, compute it once, as
   `rollout.factor`. (The paper drops that many at random among tokens above a bound; this drops the
-  top ones.) To penalise them instead (kl-cov), keep `chosen = 1 - covariance_mask(…)` as data and add
-  `jnp.sum(rollout.weights * chosen * jnp.abs(log_probs - old_log_probs), where=rollout.mask)`.
+  top ones.) To penalise them instead (kl-cov), keep `chosen = 1 - covariance_mask(…)` as data and
+  add `jnp.sum(rollout.weights * chosen * jnp.abs(log_probs - old_log_probs), where=rollout.mask)`.
 
   Args:
     log_probs: log π, `[..., T]`.

@@ -319,7 +319,7 @@ def test_an_interrupted_run_leaves_what_was_recorded(
     (["--steps", "ten"], "'ten'"),
     (["--seed", "-1"], "at least 0"),
     (["--out", __file__], "is a file"),
-    (["--objective", "ppo"], "needs one of cispo, dapo,"),
+    (["--objective", "ppo"], "needs one of gpo, grpo,"),
     (["--objective", "grpo,dapo"], "got 'grpo,dapo'"),
     (["--objective", ""], "got ''"),
     (["--objective", SUPERVISED], "needs one of"),
