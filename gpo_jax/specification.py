@@ -274,14 +274,24 @@ def _surrogate(ratios: jax.Array, advantages: jax.Array, epsilon: jax.Array) -> 
   return jnp.where(clipped, limit, ratios) * advantages
 
 
+@jax.custom_jvp
+def _log_quotient(x: jax.Array, y: jax.Array) -> jax.Array:
+  # Near 1 it comes from the difference x − y, exact there: the rounded quotient has lost the digits
+  # that matter. Where the quotient leaves the floats' range, the logarithms do not.
+  excess, quotient = (x - y) / y, x / y
+  in_range = (quotient >= jnp.finfo(x.dtype).tiny) & (quotient < jnp.inf)
+  far = jnp.where(in_range, jnp.log(quotient), jnp.log(x) - jnp.log(y))
+  return jnp.where(jnp.abs(excess) < 0.5, jnp.log1p(excess), far)
+
+
+@_log_quotient.defjvp
+def _log_quotient_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]):
+  (x, y), (x_dot, y_dot) = primals, tangents
+  return _log_quotient(x, y), x_dot / x - y_dot / y
+
+
 def _divergence(ratios: jax.Array, pi_current: jax.Array, pi_ref: jax.Array) -> jax.Array:
-  # With x = log r the bracket is e^x − x − 1. Near r = 1, x comes from the likelihoods' difference,
-  # which is exact there: their rounded quotient has lost the digits that matter.
-  excess = (pi_current - pi_ref) / pi_ref
-  near = jnp.abs(excess) < 0.5
-  log_near = jnp.log1p(jnp.where(near, excess, 0))
-  log_far = jnp.log(jnp.where(near, 1, pi_current / pi_ref))
-  return ratios * exp_excess(jnp.where(near, log_near, log_far))
+  return ratios * exp_excess(_log_quotient(pi_current, pi_ref))
 
 
 def _per_sample(*inputs: jax.Array) -> jax.Array:

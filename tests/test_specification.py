@@ -176,6 +176,21 @@ def test_every_order_of_magnitude_in_float32():
   )
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20])
+def test_likelihoods_of_any_size_have_a_gradient_in_either_place(scale):
+  def penalty(p, q):
+    return gpo.gpo_loss([1.0], [0.0], [p * np.float32(scale)], [q * np.float32(scale)], beta=1.0)[0]
+
+  value, slopes = jax.value_and_grad(penalty, (0, 1))(1.1, 1.0)
+  np.testing.assert_allclose(value, 0.1 - math.log(1.1), rtol=1e-4)
+  np.testing.assert_allclose(slopes, [1 - 1 / 1.1, -1.1 + 1], rtol=1e-5)
+
+
+def test_a_quotient_beyond_the_floats_range():
+  far = gpo.gpo_loss([1.0], [0.0], [1e-30], [1e10], beta=1.0)[0]
+  np.testing.assert_allclose(far, 40 * math.log(10) - 1, rtol=1e-6)
+
+
 def test_second_derivatives(x64):
   ratio, pi_current, pi_ref = 1.1, 0.45, 0.5
   second = jax.grad(jax.grad(lambda p: gpo.gpo_objective([ratio], [1.0], [p], [pi_ref], 0.2, 1.0)))
