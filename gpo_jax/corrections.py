@@ -7,6 +7,8 @@ one optimizer step sees, and kept as data: `rollout.replace(factor=covariance_ma
 rollout))`.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -42,9 +44,11 @@ def _behaviour(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
   return _old(log_probs, rollout)
 
 
-def _drop(dropped: jax.Array, statistic: jax.Array) -> jax.Array:
-  # x − x is 0, or NaN where the statistic is not finite: a comparison alone would hide that.
-  return jnp.where(dropped, 0, 1) + (statistic - statistic)
+def _drop(dropped: jax.Array, statistic: jax.Array, *limits: chex.Numeric) -> jax.Array:
+  # A comparison hides what is not a number: x − x is 0, or NaN where the statistic is not finite,
+  # and a limit that is NaN, unlike one that is infinite, is a mistake.
+  bad = functools.reduce(jnp.logical_or, map(jnp.isnan, limits), jnp.zeros((), bool))
+  return jnp.where(bad, jnp.nan, jnp.where(dropped, 0, 1) + (statistic - statistic))
 
 
 def _importance(log_probs: jax.Array, rollout: Rollout, level: Level, name: str) -> jax.Array:
@@ -121,8 +125,7 @@ def mask_importance(
   Reference: Ring-1T (2025, IcePop), arXiv:2510.18855.
   """
   weight = _importance(log_probs, rollout, level, "mask_importance")
-  # A NaN weight is neither below nor above, and stays.
-  return jnp.where((weight < low) | (weight > high), 0, weight)
+  return weight * _drop((weight < low) | (weight > high), weight, low, high)
 
 
 def off_policy_sequence_mask(
@@ -151,7 +154,7 @@ def off_policy_sequence_mask(
   """
   drift = levels.sequence(_behaviour(log_probs, rollout) - log_probs, rollout)
   dropped = (_advantages(log_probs, rollout) < 0) & (drift > threshold)
-  return _drop(dropped, drift)
+  return _drop(dropped, drift, threshold)
 
 
 def _away(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
@@ -186,7 +189,7 @@ def total_variation_mask(
   """
   moved = jnp.abs(jnp.exp(log_probs) - jnp.exp(_behaviour(log_probs, rollout)))
   drift = log_probs - _behaviour(log_probs, rollout)
-  return _drop(_away(log_probs, rollout) & (moved > threshold), drift)
+  return _drop(_away(log_probs, rollout) & (moved > threshold), drift, threshold)
 
 
 def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric) -> jax.Array:
@@ -215,7 +218,7 @@ def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Nu
   tiny = jnp.finfo(log_probs.dtype).tiny
   rest, old_rest = (jnp.maximum(-jnp.expm1(x), tiny) for x in (log_probs, old))
   kl = jnp.exp(old) * (old - log_probs) + old_rest * (jnp.log(old_rest) - jnp.log(rest))
-  return _drop(_away(log_probs, rollout) & (kl > threshold), old - log_probs)
+  return _drop(_away(log_probs, rollout) & (kl > threshold), old - log_probs, threshold)
 
 
 def _response_log_ratio(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
@@ -340,7 +343,7 @@ def covariance_mask(
 
   covariance = deviation(log_probs) * deviation(advantages)
   limit = _quantile(covariance, mask, 1 - fraction)
-  return _drop(mask & (covariance > limit), covariance)
+  return _drop(mask & (covariance > limit), covariance, limit)
 
 
 def entropy_mask(
@@ -370,4 +373,5 @@ def entropy_mask(
   """
   mask = rollout.mask.astype(bool)
   entropy = jax.lax.stop_gradient(jnp.where(mask, entropy, 0))
-  return _drop(mask & (entropy < _quantile(entropy, mask, quantile)), entropy)
+  limit = _quantile(entropy, mask, quantile)
+  return _drop(mask & (entropy < limit), entropy, limit)

@@ -399,6 +399,26 @@ def test_every_correction_composes_and_is_constant(correction):
   assert jnp.std(terms.factor, where=BATCH.mask) > 0
 
 
+@pytest.mark.parametrize(
+  ("correction", "setting"),
+  [
+    (corrections.truncate_importance, "cap"),
+    (corrections.mask_importance, "low"),
+    (corrections.mask_importance, "high"),
+    (corrections.off_policy_sequence_mask, "threshold"),
+    (corrections.total_variation_mask, "threshold"),
+    (corrections.binary_kl_mask, "threshold"),
+    (corrections.covariance_mask, "fraction"),
+    (corrections.entropy_mask, "quantile"),
+    (corrections.vespo, "k_pos"),
+  ],
+)
+def test_a_nan_setting_of_a_correction_is_never_hidden(correction, setting):
+  rollout = BATCH.prepare(gpo.dapo())
+  factor = correction(jnp.asarray(BATCH.log_probs), rollout, **{setting: np.float32(np.nan)})
+  assert jnp.isnan(factor[BATCH.mask]).any()
+
+
 def test_importance_weights_by_hand():
   data, mask = BATCH, BATCH.mask
   rollout = data.prepare(gpo.dapo())
