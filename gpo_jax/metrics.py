@@ -46,24 +46,25 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
     0.5 1.65
   """
   _, rollout = _checks.clean(terms.loss, rollout)
-  mask, weights = rollout.mask, rollout.weights
-  count = jnp.maximum(jnp.sum(mask.astype(weights.dtype)), 1)
+  mask, weights, advantages = rollout.mask, rollout.weights, rollout.advantages
+  # Each pass over the tokens costs as much as the loss itself, so passes are shared where they can.
+  tokens = mask.astype(weights.dtype)
+  if advantages.shape != mask.shape:  # one advantage per row, for as many tokens as the row has
+    tokens = jnp.sum(tokens, axis=-1, keepdims=True)
+  total = jnp.sum(tokens)
+  some, count = total > 0, jnp.maximum(total, 1)
 
   def weighted(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, weights * x, 0))
 
   def mean(x: jax.Array) -> jax.Array:
-    return jnp.sum(x, where=mask).astype(weights.dtype) / count
+    return jnp.sum(jnp.where(mask, x.astype(weights.dtype), 0)) / count
 
-  ratio = jnp.exp(terms.log_ratio)
-  ratio_mean, ratio_square = mean(ratio), mean(ratio**2)
-  idle = jnp.broadcast_to(rollout.advantages, mask.shape) == 0
-  clipped = (terms.gate == 0) & ~idle
+  ratio = jnp.where(mask, jnp.exp(terms.log_ratio), 0)
+  ratio_mean, ratio_square = jnp.sum(ratio) / count, jnp.sum(ratio**2) / count
+  clipped = (terms.gate == 0) & (advantages != 0)
   clipped_low = mean(clipped & (terms.log_ratio <= 0))
   clipped_high = mean(clipped & (terms.log_ratio > 0))
-  highest = jnp.max(terms.log_ratio, where=mask, initial=-jnp.inf)
-  lowest = jnp.min(terms.log_ratio, where=mask, initial=jnp.inf)
-  some = jnp.any(mask)
   metrics = {
     "loss": weighted(terms.loss),
     "surrogate": weighted(terms.surrogate),
@@ -71,12 +72,12 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
     "clip_fraction_low": clipped_low,
     "clip_fraction_high": clipped_high,
     "ratio_mean": ratio_mean,
-    "ratio_max": jnp.where(some, jnp.exp(highest), 0),
-    "ratio_min": jnp.where(some, jnp.exp(lowest), 0),
+    "ratio_max": jnp.max(ratio),
+    "ratio_min": jnp.where(some, jnp.min(jnp.where(mask, ratio, jnp.inf)), 0),
     "old_kl": mean(exp_excess(terms.token_log_ratio)),
     "effective_sample_size": ratio_mean**2 / jnp.where(some, ratio_square, 1),
     "bounded_fraction": mean(jnp.abs(terms.log_ratio) >= MAX_LOG_RATIO),
-    "zero_advantage_fraction": mean(idle),
+    "zero_advantage_fraction": jnp.sum(jnp.where(advantages == 0, tokens, 0)) / count,
   }
   if terms.divergence is not None:
     metrics["divergence"] = weighted(terms.divergence)
