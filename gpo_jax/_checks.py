@@ -15,32 +15,70 @@ ArrayLike = chex.Array | Sequence
 
 def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
   """Converts lists, scalars and integers to float arrays; refuses what is not real numbers."""
-  if not isinstance(value, jax.Array | np.ndarray):
-    try:
-      value = np.asarray(value)
-    except jax.errors.TracerArrayConversionError:  # a list that holds traced values
-      value = jnp.stack([jnp.asarray(item) for item in value])
-    except ValueError as error:
-      raise ValueError(f"{name} must be a rectangular array; got {value!r:.60}: {error}") from error
+  value = _convert(name, value)
   if jnp.issubdtype(value.dtype, jnp.floating):
     return value
   if jnp.issubdtype(value.dtype, np.integer) or value.dtype == bool:
-    return value.astype(jax.dtypes.canonicalize_dtype(float))
+    return _to_float(value)
   raise ValueError(f"{name} must hold real numbers; got dtype {value.dtype}")
+
+
+def _convert(name: str, value: Any) -> jax.Array | np.ndarray:
+  """Makes an array of a dtype that JAX has, if it has one for such values."""
+  if isinstance(value, jax.Array):
+    return value
+  try:
+    value = np.asarray(value)
+  except jax.errors.TracerArrayConversionError:  # a list that holds traced values
+    return jnp.stack([jnp.asarray(item) for item in value])
+  except ValueError as error:
+    raise ValueError(f"{name} must be a rectangular array; got {value!r:.60}: {error}") from error
+  # JAX knows the machine's byte order only, and nothing longer than a double.
+  long = value.dtype == np.longdouble
+  return value.astype(np.float64 if long else value.dtype.newbyteorder("="), copy=False)
+
+
+def _to_float(value: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+  return value.astype(jax.dtypes.canonicalize_dtype(float))
 
 
 def as_scalar(name: str, value: Any) -> jax.Array | np.ndarray:
   """Gives a hyperparameter the default float dtype: 0.2, 1 and array scalars share one trace."""
   value = as_array(name, value)
   if value.shape:
-    raise ValueError(f"{name} must be a scalar; got shape {list(value.shape)}")
-  dtype = jax.dtypes.canonicalize_dtype(float)
-  return jnp.asarray(value, dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
+    raise ValueError(
+      f"{name} must be a scalar; got shape {list(value.shape)}: sweep it by jax.vmap"
+    )
+  return _to_float(value)
+
+
+def as_parameter(name: str, value: Any) -> jax.Array | np.ndarray:
+  """Gives a number bound to a slot the default float dtype; arrays keep their shape, for sweeps."""
+  try:
+    return _to_float(as_array(name, value))
+  except ValueError as error:
+    remedy = "bind numbers and arrays to a slot's function, and close over anything else"
+    raise ValueError(f"{error}; {remedy}") from error
 
 
 def describe(**arrays: chex.Array) -> str:
   """Names arrays with their shapes: `ratios [3], advantages [2]`."""
   return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+
+
+def like_first(remedy: str = "", /, **arrays: chex.Array) -> None:
+  """Refuses arrays that do not have the shape of the first."""
+  first, *others = arrays
+  for name in others:
+    if arrays[name].shape != arrays[first].shape:
+      got = describe(**{first: arrays[first], name: arrays[name]})
+      raise ValueError(f"{name} must have the shape of {first}; got {got}{remedy}")
+
+
+def with_token_axis(advantages: chex.Array, tokens: chex.Array) -> jax.Array:
+  """Gives advantages of responses, `[..., G]`, the axis that tokens have: `[..., G, 1]`."""
+  advantages = jnp.asarray(advantages)
+  return jnp.expand_dims(advantages, -1) if advantages.ndim < tokens.ndim else advantages
 
 
 def same_shape(axes: str, **arrays: chex.Array) -> None:
@@ -59,17 +97,6 @@ def promote(*arrays: chex.Array) -> list[jax.Array]:
   return [jnp.asarray(array, jnp.float64 if wide else jnp.float32) for array in arrays]
 
 
-def as_parameter(name: str, value: Any) -> jax.Array | np.ndarray:
-  """Gives a number bound to a slot the default float dtype; arrays keep their shape, for sweeps."""
-  try:
-    value = as_array(name, value)
-  except ValueError as error:
-    remedy = "bind numbers and arrays to a slot's function, and close over anything else"
-    raise ValueError(f"{error}; {remedy}") from error
-  dtype = jax.dtypes.canonicalize_dtype(float)
-  return jnp.asarray(value, dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
-
-
 def as_mask(name: str, mask: Any) -> jax.Array:
   """Converts a mask of bools or of 0 and 1 to bools."""
   mask = as_array(name, mask).astype(bool)
@@ -80,14 +107,18 @@ def as_mask(name: str, mask: Any) -> jax.Array:
   return jnp.asarray(mask)
 
 
-def as_ids(name: str, ids: Any, mask: jax.Array) -> jax.Array:
-  """Refuses ids that are not integers of the mask's shape."""
-  ids = jnp.asarray(ids)
-  if ids.shape != mask.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-    raise ValueError(
-      f"{name} must be integers of the mask's shape {list(mask.shape)}; "
-      f"got {ids.dtype} {list(ids.shape)}"
-    )
+def as_ids(name: str, ids: Any, remedy: str) -> jax.Array:
+  """Converts ids to the default integer dtype; refuses what is not integers."""
+  ids = _convert(name, ids)
+  if not jnp.issubdtype(ids.dtype, jnp.integer):
+    raise ValueError(f"{name} must be integers; got dtype {ids.dtype}: {remedy}")
+  return jnp.asarray(ids, jax.dtypes.canonicalize_dtype(int))
+
+
+def as_segment_ids(ids: Any, mask: jax.Array) -> jax.Array:
+  """Converts the segment ids of packed rows."""
+  ids = as_ids("segment_ids", ids, "give 1, 2, … in each row, and 0 for padding")
+  like_first(mask=mask, segment_ids=ids)
   return ids
 
 
@@ -109,22 +140,17 @@ def check_rollout(rollout: Rollout) -> Rollout:
   mask = as_mask("mask", rollout.mask)
   fields = {name: getattr(rollout, name) for name in _PER_TOKEN}
   arrays = {name: as_array(name, value) for name, value in fields.items() if value is not None}
-  for name, array in arrays.items():
-    if array.shape != mask.shape:
-      raise ValueError(
-        f"{name} must have the mask's shape; got {describe(mask=mask, **{name: array})}"
-      )
-  advantages = as_array("advantages", rollout.advantages)
-  if advantages.ndim == mask.ndim - 1:
-    advantages = jnp.expand_dims(advantages, -1)
+  like_first(mask=mask, **arrays)
+  given = as_array("advantages", rollout.advantages)
+  advantages = with_token_axis(given, mask)
   if advantages.shape not in (mask.shape, (*mask.shape[:-1], 1)):
     raise ValueError(
       "advantages must be [..., G], [..., G, 1] or [..., G, T] for a mask [..., G, T]; got "
-      f"{describe(advantages=as_array('advantages', rollout.advantages), mask=mask)}"
+      f"{describe(advantages=given, mask=mask)}"
     )
   segment_ids = rollout.segment_ids
   if segment_ids is not None:
-    segment_ids = as_ids("segment_ids", segment_ids, mask)
+    segment_ids = as_segment_ids(segment_ids, mask)
   return rollout.replace(advantages=advantages, mask=mask, segment_ids=segment_ids, **arrays)
 
 
@@ -133,13 +159,14 @@ def clean(log_probs: Any, rollout: Rollout) -> tuple[jax.Array, Rollout]:
 
   From there on no function can meet what was in a masked position, in value or in gradient.
   """
+  if not isinstance(rollout, Rollout):
+    raise ValueError(
+      f"rollout must be a Rollout, from `prepare`; got {type(rollout).__name__}: call "
+      "objective(log_probs, rollout)"
+    )
   rollout = check_rollout(rollout)
   log_probs = as_array("log_probs", log_probs)
-  if log_probs.shape != rollout.mask.shape:
-    raise ValueError(
-      "log_probs must have the mask's shape; got "
-      f"{describe(log_probs=log_probs, mask=rollout.mask)}"
-    )
+  like_first(mask=rollout.mask, log_probs=log_probs)
   mask, names = rollout.mask, [name for name in _PER_TOKEN if getattr(rollout, name) is not None]
   fixed = jax.lax.stop_gradient([getattr(rollout, name) for name in ("advantages", *names)])
   log_probs, advantages, *fixed = promote(log_probs, *fixed)

@@ -38,6 +38,24 @@ def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   return of_row(x, index)
 
 
+def present(mask: jax.Array, segment_ids: jax.Array | None, size: int) -> jax.Array:
+  """Marks which of the segments 1 … size (which row without `segment_ids`) has an active token."""
+  if segment_ids is None:
+    return jnp.any(mask, axis=-1)
+  # Ids outside 1 … size have no column.
+  members = jax.nn.one_hot(segment_ids - 1, size, dtype=bool)
+  return jnp.any(jnp.expand_dims(mask, -1) & members, axis=-2)
+
+
+def to_tokens(values: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """Gives each token the value of its segment, that of segment s at s − 1."""
+  if segment_ids is None:
+    return values
+  # An id outside 1 … S must not find another response's value: it becomes NaN, loudly.
+  index = jnp.where(segment_ids < 1, values.shape[-1], segment_ids - 1)
+  return jnp.take_along_axis(values, index, axis=-1, mode="fill", fill_value=jnp.nan)
+
+
 def count(active: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Counts the segments (the rows without `segment_ids`) that have an active token."""
   some = total(active, segment_ids) > 0

@@ -14,14 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax import levels
+from gpo_jax._checks import with_token_axis
 from gpo_jax._numerics import bound
 from gpo_jax.types import Level, Rollout
-
-
-def _advantages(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
-  if rollout.advantages.ndim < log_probs.ndim:
-    return jnp.expand_dims(rollout.advantages, -1)
-  return rollout.advantages
 
 
 def _old(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
@@ -153,13 +148,13 @@ def off_policy_sequence_mask(
   Reference: DeepSeek-AI (2025, DeepSeek-V3.2), arXiv:2512.02556, Eq. 8 and 9.
   """
   drift = levels.sequence(_behaviour(log_probs, rollout) - log_probs, rollout)
-  dropped = (_advantages(log_probs, rollout) < 0) & (drift > threshold)
+  dropped = (with_token_axis(rollout.advantages, log_probs) < 0) & (drift > threshold)
   return _drop(dropped, drift, threshold)
 
 
 def _away(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
   """Where the surrogate's gradient would move π further away from μ."""
-  advantages = _advantages(log_probs, rollout)
+  advantages = with_token_axis(rollout.advantages, log_probs)
   drift = log_probs - _behaviour(log_probs, rollout)
   return ((advantages > 0) & (drift > 0)) | ((advantages < 0) & (drift < 0))
 
@@ -260,7 +255,7 @@ def vespo(
 
   Reference: Shen et al. (2026, VESPO), arXiv:2602.10693.
   """
-  negative = _advantages(log_probs, rollout) < 0
+  negative = with_token_axis(rollout.advantages, log_probs) < 0
   k = jnp.where(negative, k_neg, k_pos)
   scale = jnp.where(negative, lambda_neg, lambda_pos)
   log_weight = _response_log_ratio(log_probs, rollout)
@@ -290,8 +285,9 @@ def topr(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
 
   Reference: Le Roux et al. (2025, TOPR), arXiv:2503.14286.
   """
+  negative = with_token_axis(rollout.advantages, log_probs) < 0
   ratio = jnp.exp(jnp.minimum(_response_log_ratio(log_probs, rollout), 0))
-  return jnp.where(_advantages(log_probs, rollout) < 0, ratio, jnp.ones_like(ratio))
+  return jnp.where(negative, ratio, jnp.ones_like(ratio))
 
 
 def _quantile(values: jax.Array, mask: jax.Array, quantile: chex.Numeric) -> jax.Array:
@@ -334,7 +330,8 @@ def covariance_mask(
   Reference: Cui et al. (2025, clip-cov), arXiv:2505.22617.
   """
   mask = rollout.mask.astype(bool)
-  advantages = jnp.broadcast_to(_advantages(log_probs, rollout), log_probs.shape)
+  advantages = with_token_axis(rollout.advantages, log_probs)
+  advantages = jnp.broadcast_to(advantages, log_probs.shape)
   log_probs = jax.lax.stop_gradient(log_probs)
 
   def deviation(x: jax.Array) -> jax.Array:

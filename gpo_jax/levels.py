@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax import _segments
+from gpo_jax._checks import with_token_axis
 from gpo_jax._numerics import with_slope
 from gpo_jax.types import Rollout
 
@@ -114,7 +115,7 @@ def geometric(log_ratio: jax.Array, rollout: Rollout, *, clip: chex.Numeric = 0.
       log s = (1/L) Σ_t sgn(A) min(sgn(A) log ρ_t, sgn(A) clip(log ρ_t, −c, c))
 
   With the surrogate `importance_weighted` this is GMPO. At a limit the gradient is the unclipped
-  one.
+  one. A = 0 is clipped like A < 0, which the loss cannot show: there A multiplies by 0.
 
   Args:
     log_ratio: log ρ_t, `[..., T]`.
@@ -132,9 +133,7 @@ def geometric(log_ratio: jax.Array, rollout: Rollout, *, clip: chex.Numeric = 0.
 
   Reference: Zhao et al. (2025, GMPO), arXiv:2507.20673.
   """
-  advantages = rollout.advantages
-  if advantages.ndim < log_ratio.ndim:
-    advantages = jnp.expand_dims(advantages, -1)
+  advantages = with_token_axis(rollout.advantages, log_ratio)
   limit = jnp.where(advantages > 0, clip, -jnp.asarray(clip))
   beyond = jnp.where(advantages > 0, log_ratio > clip, log_ratio < -jnp.asarray(clip))
   # x − x is 0 where x is finite: an infinite log-ratio must not end as a limit.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey, Partial
 
-from gpo_jax import _checks, levels, weightings
+from gpo_jax import _checks, _segments, levels, weightings
 from gpo_jax._numerics import bound
 from gpo_jax.advantages import by_group
 from gpo_jax.types import (
@@ -133,14 +133,14 @@ class Objective:
 
     Args:
       rewards: `[..., G]`, G samples of one prompt along the last axis; of packed rows `[..., S]`,
-        the reward of segment s of a row at s − 1.
+        the reward of segment s of a row at s − 1, and anything where a row has fewer segments.
       mask: the tokens that count, `[..., G, T]`, bool or 0/1.
       old_log_probs: log π_old, `[..., G, T]`; None where that is the current policy.
       ref_log_probs: log π_ref, `[..., G, T]`; needed for a divergence.
       sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; needed by corrections.
       segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in order, 0 for padding.
-      group_ids: the prompt of each reward, of rewards' shape, for groups that are not the last
-        axis.
+      group_ids: the prompt of each reward, integers of rewards' shape, for groups that are not the
+        last axis: without it the segments of a packed row are one group.
 
     Returns:
       A `Rollout`, to be passed to the objective whole or cut along its row axes.
@@ -159,13 +159,9 @@ class Objective:
     """
     rewards = jnp.asarray(_checks.as_array("rewards", rewards))
     mask = _checks.as_mask("mask", mask)
-    if segment_ids is None:
-      present = jnp.any(mask, axis=-1)
-    else:
-      segment_ids = _checks.as_ids("segment_ids", segment_ids, mask)
-      segments = jnp.arange(1, rewards.shape[-1] + 1) if rewards.ndim else jnp.ones(1, int)
-      one_hot = jnp.expand_dims(segment_ids, -1) == segments.reshape((1,) * mask.ndim + (-1,))
-      present = jnp.any(jnp.expand_dims(mask, -1) & one_hot, axis=-2)
+    if segment_ids is not None:
+      segment_ids = _checks.as_segment_ids(segment_ids, mask)
+    present = _segments.present(mask, segment_ids, jnp.atleast_1d(rewards).shape[-1])
     if rewards.shape[max(rewards.ndim - present.ndim, 0) :] != present.shape:
       raise ValueError(
         f"rewards must have one value per response, {list(present.shape)} for mask "
@@ -175,12 +171,8 @@ class Objective:
       advantages = self.advantage(rewards, present)
     else:
       advantages = by_group(self.advantage, rewards, group_ids, present)
-    if segment_ids is not None:
-      # An id outside 1 … S must not find another response's advantage: it becomes NaN, loudly.
-      index = jnp.where(segment_ids < 1, rewards.shape[-1], segment_ids - 1)
-      advantages = jnp.take_along_axis(advantages, index, axis=-1, mode="fill", fill_value=jnp.nan)
     rollout = Rollout(
-      advantages=advantages,
+      advantages=_segments.to_tokens(advantages, segment_ids),
       mask=mask,
       weights=self.weighting(mask, segment_ids),
       old_log_probs=old_log_probs,

@@ -516,16 +516,16 @@ def bad_rollouts():
   good = BATCH.prepare(gpo.deepseek_v32())
   short = BATCH.old_log_probs[..., :-1]
   return [
-    ({"old_log_probs": short}, r"old_log_probs must have the mask's shape.*\[4, 4, 5\]"),
+    ({"old_log_probs": short}, r"old_log_probs must have the shape of mask.*\[4, 4, 5\]"),
     ({"ref_log_probs": short}, "ref_log_probs must have"),
     ({"ref_log_probs": None}, "needs rollout.ref_log_probs: pass ref_log_probs="),
-    ({"weights": good.weights[0]}, "weights must have the mask's shape"),
+    ({"weights": good.weights[0]}, "weights must have the shape of mask"),
     (
       {"advantages": jnp.ones((4, 3))},
       r"advantages must be .*got advantages \[4, 3\], mask \[4, 4, 6\]",
     ),
     ({"segment_ids": jnp.ones((4, 4, 6))}, "segment_ids must be integers"),
-    ({"segment_ids": jnp.ones((4, 4), int)}, r"segment_ids must be .*int.* \[4, 4\]"),
+    ({"segment_ids": jnp.ones((4, 4), int)}, r"segment_ids must have .*\[4, 4\]"),
     ({"factor": jnp.ones(3)}, r"factor must have .*factor \[3\]"),
     ({"mask": jnp.ones((4, 4, 6), complex)}, "mask must hold real numbers"),
   ]
@@ -541,7 +541,7 @@ def test_bad_rollouts(index):
 
 def test_bad_calls():
   rollout = BATCH.prepare(gpo.grpo())
-  with pytest.raises(ValueError, match=r"log_probs must have the mask's shape.*\[4, 4, 5\]"):
+  with pytest.raises(ValueError, match=r"log_probs must have the shape of mask.*\[4, 4, 5\]"):
     gpo.grpo()(BATCH.log_probs[..., :-1], rollout)
   with pytest.raises(ValueError, match="log_probs must hold real numbers"):
     gpo.grpo()(BATCH.log_probs.astype(complex), rollout)
@@ -574,7 +574,65 @@ def test_bad_settings_say_what_to_do():
     gpo.dapo().replace(level=lambda d, r: d[..., :1])(BATCH.log_probs, BATCH.prepare(gpo.dapo()))
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int64, np.uint32, ">i4", list])
+def test_ids_may_be_any_integers(kind):
+  ids = np.array([[1, 1, 2, 2, 3, 0], [1, 2, 2, 0, 0, 0]])
+  same = ids.tolist() if kind is list else ids.astype(kind)
+  rewards = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.0]], np.float32)
+  objective = gpo.gspo()
+  expected = objective.prepare(rewards, ids > 0, segment_ids=ids)
+  rollout = objective.prepare(rewards, ids > 0, segment_ids=same)
+  jax.tree.map(np.testing.assert_array_equal, rollout, expected)
+  log_probs = -np.ones((2, 6), np.float32)
+  value = objective(log_probs, expected.replace(segment_ids=np.asarray(same)))[0]
+  assert value == objective(log_probs, expected)[0]
+
+
+def test_ids_of_32_bits_in_float64(x64):
+  ids = jnp.array([[1, 1, 2, 0]], jnp.int32)
+  rollout = gpo.gspo().prepare([[1.0, 0.0]], ids > 0, segment_ids=ids)
+  assert jnp.isfinite(gpo.gspo()(jnp.zeros((1, 4)), rollout)[0])
+
+
+@EVERY
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf, 7.0])
+def test_a_packed_row_is_one_group_and_a_place_without_a_segment_holds_anything(name, garbage):
+  objective = PRESETS[name].replace(divergence=None, beta=None)
+  ids = np.array([[1, 1, 2, 2, 3, 0], [1, 2, 2, 0, 0, 0]])
+  rewards = np.array([[1.0, 0.0, 0.5], [0.25, 1.0, garbage]], np.float32)
+  packed = objective.prepare(rewards, ids > 0, segment_ids=ids)
+  assert jnp.isfinite(packed.advantages[ids > 0]).all()
+  shape = np.arange(1, 4) <= ids.max(-1, keepdims=True)
+  unpacked = objective.prepare(rewards, np.repeat(shape[..., None], 2, -1)).advantages[..., 0]
+  np.testing.assert_array_equal(packed.advantages[0, :5], unpacked[0, [0, 0, 1, 1, 2]])
+  np.testing.assert_array_equal(packed.advantages[1, :3], unpacked[1, [0, 1, 1]])
+  groups = np.array([[1, 2, 1], [2, 1, 1]])
+  if name != "reinforce_plus_plus":  # its group is the batch
+    apart = objective.prepare(rewards, ids > 0, segment_ids=ids, group_ids=groups)
+    assert jnp.isfinite(apart.advantages[ids > 0]).all()
+    assert jnp.any(apart.advantages[ids > 0] != packed.advantages[ids > 0])
+
+
+@pytest.mark.parametrize("kind", [">f4", ">f8", np.longdouble, ">i2"])
+def test_numbers_that_jax_does_not_know_are_converted(kind):
+  arrays = {k: np.round(v).astype(kind) for k, v in vars(BATCH).items() if k != "mask"}
+  native = {k: v.astype(np.float32) for k, v in arrays.items()}
+  mask = BATCH.mask.astype(kind)
+  expected = run(gpo.grpo(), type(BATCH)(mask=BATCH.mask, **native))
+  data = type(BATCH)(mask=mask, **arrays)
+  objective = gpo.grpo(epsilon=np.array(0.2, np.longdouble))
+  rollout = data.prepare(objective)
+  loss = objective(data.log_probs, rollout)[0]
+  np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+
+
 def test_bad_segments_are_loud():
+  with pytest.raises(
+    ValueError, match=r"segment_ids must be integers; got dtype float32: give 1, 2"
+  ):
+    gpo.grpo().prepare([[1.0]], jnp.ones((1, 2)), segment_ids=jnp.ones((1, 2)))
+  with pytest.raises(ValueError, match=r"one value per response, .*got rewards \[\]"):
+    gpo.grpo().prepare(1.0, jnp.ones((1, 2)), segment_ids=jnp.ones((1, 2), int))
   from_zero = jnp.array([[0, 0, 1, 1, 2, 2]])
   rollout = gpo.grpo(beta=None).prepare([[1.0, 0.0, 0.5]], jnp.ones((1, 6)), segment_ids=from_zero)
   assert jnp.isnan(gpo.grpo(beta=None)(jnp.zeros((1, 6)), rollout)[0])
