@@ -3,7 +3,8 @@
 Each is `(rewards, where=None, *, …) -> advantages`, `[..., G]` to `[..., G]`; the group is the last
 axis. `where` leaves samples out of every statistic; their advantage is 0. A group whose rewards are
 all equal has advantage exactly 0: rewards are shifted by their group's maximum first, so that no
-rounding error is left for a small standard deviation to blow up. No gradient flows to the rewards.
+rounding error is left for a small standard deviation to blow up. A reward that is not finite makes
+NaN of its whole group. No gradient flows to the rewards.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpo_jax import _checks
 
@@ -19,10 +21,11 @@ def _inputs(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax
   (rewards,) = _checks.promote(_checks.as_array("rewards", rewards))
   if not rewards.ndim or not rewards.size:
     raise ValueError(f"rewards must be [..., G] and not empty; got shape {list(rewards.shape)}")
-  rewards = jax.lax.stop_gradient(rewards)
-  if where is None:
-    return rewards, jnp.ones_like(rewards, bool), jnp.full((), rewards.shape[-1], rewards.dtype)
-  where = jnp.broadcast_to(jnp.asarray(where).astype(bool), rewards.shape)
+  counts = jnp.ones_like(rewards) if where is None else _checks.as_array("where", where)
+  _checks.like_first(rewards=rewards, where=counts)
+  where = jnp.asarray(counts).astype(bool)
+  # A reward of ±∞ is as loud as NaN: by every formula it takes its whole group with it.
+  rewards = jnp.where(where & ~jnp.isfinite(rewards), jnp.nan, jax.lax.stop_gradient(rewards))
   count = jnp.sum(where.astype(rewards.dtype), axis=-1, keepdims=True)
   return rewards, where, jnp.maximum(count, 1)
 
@@ -65,7 +68,7 @@ def _divide_by_std(centered, where, count, ddof, eps, axis=-1) -> jax.Array:
   square = jnp.sum(jnp.where(where, centered / unit, 0) ** 2, axis=axis, keepdims=True)
   std = scale * jnp.sqrt(square / jnp.maximum(count - ddof, 1))
   # Equal rewards are 0/0 with eps = 0; a NaN is not equal to 0 and stays.
-  return jnp.where(scale == 0, 0, centered / jnp.where(scale == 0, 1, std + eps))
+  return jnp.where(where & (scale != 0), centered / jnp.where(scale == 0, 1, std + eps), 0)
 
 
 def standardize(
@@ -132,7 +135,9 @@ def leave_one_out(rewards: jax.Array, where: jax.Array | None = None) -> jax.Arr
     )
   shifted, _ = _shift(rewards, where)
   others = jnp.sum(shifted, -1, keepdims=True) - shifted
-  return jnp.where(where & (count > 1), shifted - others / jnp.maximum(count - 1, 1), 0)
+  alone = shifted - shifted  # 0, or NaN
+  advantages = jnp.where(count > 1, shifted - others / jnp.maximum(count - 1, 1), alone)
+  return jnp.where(where, advantages, 0)
 
 
 def batch_standardize(
@@ -189,8 +194,8 @@ def max_rl(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   """
   rewards, where, count = _inputs(rewards, where)
   mean = jnp.sum(jnp.where(where, rewards, 0), -1, keepdims=True) / count
-  advantages = jnp.where(mean <= 0, 0, center(rewards, where) / jnp.where(mean <= 0, 1, mean))
-  return advantages + (mean - mean)  # a reward of −∞ must not end as 0
+  advantages = center(rewards, where) / jnp.where(mean <= 0, 1, mean)
+  return jnp.where(where & ~(mean <= 0), advantages, 0)  # a NaN is not at most 0 and stays
 
 
 def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
@@ -216,7 +221,8 @@ def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   ranked = jnp.where(where, rewards, -jnp.inf)
   best = jax.nn.one_hot(jnp.argmax(ranked, axis=-1), rewards.shape[-1], dtype=bool)
   second = jnp.max(shifted, axis=-1, keepdims=True, where=where & ~best, initial=-jnp.inf)
-  return jnp.where(where & best & (count > 1), -second, 0)
+  others = shifted - shifted  # 0, or NaN
+  return jnp.where(where, jnp.where(best & (count > 1), -second, others), 0)
 
 
 def optimal_baseline(
@@ -231,7 +237,7 @@ def optimal_baseline(
   Args:
     rewards: R, `[..., G]`.
     where: the samples that count, `[..., G]`, bool or 0/1; all if None.
-    lengths: L ≥ 0, tokens per response, `[..., G]`.
+    lengths: L ≥ 0, tokens per response, `[..., G]`; of `by_group`, flat like its rewards.
 
   Returns:
     A, `[..., G]`.
@@ -243,7 +249,10 @@ def optimal_baseline(
   Reference: Hao et al. (2025, OPO), arXiv:2505.23585.
   """
   rewards, where, _ = _inputs(rewards, where)
-  lengths = jnp.where(where, jnp.asarray(lengths, rewards.dtype), 0)
+  tokens = _checks.as_array("lengths", lengths)
+  remedy = ": groups told apart by ids are flat, they take lengths.ravel()"
+  _checks.like_first(remedy, rewards=rewards, lengths=tokens)
+  lengths = jnp.where(where, jnp.asarray(tokens, rewards.dtype), 0)
   shifted, _ = _shift(rewards, where)
   total = jnp.sum(lengths, -1, keepdims=True)
   baseline = jnp.sum(lengths * shifted, -1, keepdims=True) / jnp.where(total == 0, 1, total)
@@ -282,9 +291,11 @@ def decoupled(
   (rewards,) = _checks.promote(_checks.as_array("rewards", rewards))
   if rewards.ndim < 2:
     raise ValueError(f"decoupled needs rewards [K, ..., G]; got shape {list(rewards.shape)}")
-  if weights is None:
-    weights = jnp.ones(rewards.shape[0])
-  weights = jnp.asarray(weights, rewards.dtype)
+  share = _checks.as_array("weights", np.ones(rewards.shape[0]) if weights is None else weights)
+  if share.shape != rewards.shape[:1]:
+    got = _checks.describe(rewards=rewards, weights=share)
+    raise ValueError(f"decoupled needs weights [K], one for each kind of reward; got {got}")
+  weights = jnp.asarray(share, rewards.dtype)
   each = jax.vmap(lambda r: standardize(r, where, ddof=ddof, eps=eps))(rewards)
   return batch_standardize(jnp.tensordot(weights, each, 1), where, ddof=ddof, eps=eps)
 
@@ -311,8 +322,8 @@ def by_group(
     A, of rewards' shape.
 
   Raises:
-    ValueError: where `group_ids` is not of rewards' shape, and for `batch_standardize` and
-      `decoupled`, whose statistics are over the batch: leave `group_ids` out with them.
+    ValueError: where `group_ids` are not integers of rewards' shape, and for `batch_standardize`
+      and `decoupled`, whose statistics are over the batch: leave `group_ids` out with them.
 
   Example:
     >>> print(by_group(center, jnp.array([1.0, 0.0, 5.0]), jnp.array([7, 7, 3])))
@@ -321,12 +332,9 @@ def by_group(
   rewards, where, _ = _inputs(rewards, where)
   if getattr(advantage, "func", advantage) in (batch_standardize, decoupled):
     raise ValueError("the advantage is over the whole batch, not over groups: leave group_ids out")
-  group_ids = jnp.asarray(group_ids)
-  if group_ids.shape != rewards.shape:
-    raise ValueError(
-      "group_ids must name a group for every reward; got "
-      f"{_checks.describe(rewards=rewards, group_ids=group_ids)}"
-    )
+  remedy = "number the groups, np.unique(group_ids, return_inverse=True)[1]"
+  group_ids = _checks.as_ids("group_ids", group_ids, remedy)
+  _checks.like_first(rewards=rewards, group_ids=group_ids)
   flat, ids, where = rewards.ravel(), group_ids.ravel(), where.ravel()
 
   def of_sample(index: jax.Array) -> jax.Array:
