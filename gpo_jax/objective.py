@@ -10,10 +10,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey, Partial
+from jax.tree_util import GetAttrKey
 
 from gpo_jax import _checks, _segments, levels, weightings
 from gpo_jax._numerics import bound
+from gpo_jax._slots import as_data, check_numbers, describe
 from gpo_jax.advantages import by_group
 from gpo_jax.types import (
   Advantage,
@@ -89,26 +90,26 @@ class Objective:
         continue
       if not callable(value):
         raise ValueError(f"{name} must be a function; got {value!r:.60}")
-      object.__setattr__(self, name, _as_data(name, value))
+      object.__setattr__(self, name, as_data(name, value))
     if callable(self.beta):
       raise ValueError("beta must be a number; got a function: pass beta=schedule(step)")
-    object.__setattr__(self, "beta", _as_data("beta", self.beta))
-    slots = self.corrections
-    if not isinstance(slots, tuple | list) or not all(map(callable, slots)):
-      raise ValueError(f"corrections must be a tuple of functions; got {slots!r:.60}")
-    corrections = tuple(_as_data("corrections", correction) for correction in self.corrections)
+    object.__setattr__(self, "beta", as_data("beta", self.beta))
+    given = self.corrections
+    if not isinstance(given, tuple | list) or not all(map(callable, given)):
+      raise ValueError(f"corrections must be a tuple of functions; got {given!r:.60}")
+    corrections = tuple(as_data("corrections", correction) for correction in self.corrections)
     object.__setattr__(self, "corrections", corrections)
     if (self.divergence is None) != (self.beta is None):
       raise ValueError(
-        f"divergence and beta go together; got divergence={_describe(self.divergence)}, "
-        f"beta={_describe(self.beta)}. Give both, or neither for no reference policy"
+        f"divergence and beta go together; got divergence={describe(self.divergence)}, "
+        f"beta={describe(self.beta)}. Give both, or neither for no reference policy"
       )
-    level, weighting = _function(self.level), _function(self.weighting)
-    mixed = level in _RESPONSE_LEVELS and weighting in _TOKEN_WEIGHTINGS
+    slots: Any = self
+    mixed = slots.level.func in _RESPONSE_LEVELS and slots.weighting.func in _TOKEN_WEIGHTINGS
     if mixed and not self.allow_token_weighting:
       raise ValueError(
-        f"level={_describe(self.level)} gives every token its response's ratio, so that "
-        f"weighting={_describe(self.weighting)} would count a response once per token. Use "
+        f"level={describe(self.level)} gives every token its response's ratio, so that "
+        f"weighting={describe(self.weighting)} would count a response once per token. Use "
         "weightings.sequence_mean (GSPO), weightings.sequence_sum (LUSPO) or "
         "levels.sequence_token, or set allow_token_weighting=True"
       )
@@ -199,13 +200,13 @@ class Objective:
     log_probs, rollout = _checks.clean(log_probs, rollout)
     if self.divergence is not None and rollout.ref_log_probs is None:
       raise ValueError(
-        f"divergence={_describe(self.divergence)} needs rollout.ref_log_probs: pass "
+        f"divergence={describe(self.divergence)} needs rollout.ref_log_probs: pass "
         "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
       )
-    if self.beta is not None and jnp.ndim(self.beta):
-      raise ValueError(
-        f"beta must be a scalar; got shape {list(jnp.shape(self.beta))}: sweep it by jax.vmap"
-      )
+    for name in ("surrogate", "level", "divergence", "beta"):
+      check_numbers(name, getattr(self, name))
+    for correction in self.corrections:
+      check_numbers("corrections", correction)
     slots = jax.tree.map(lambda leaf: jnp.asarray(leaf, log_probs.dtype), self)
     # To compute a token's slope anew is cheaper than to store and read what it needs, [..., G, T].
     return jax.checkpoint(_evaluate)(slots, log_probs, rollout)
@@ -217,7 +218,7 @@ class Objective:
   def __repr__(self) -> str:
     """Shows the expression that makes this objective."""
     fields = [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
-    slots = [f"{k}={_describe(v)}" for k, v in fields if not (v is None or v is False)]
+    slots = [f"{k}={describe(v)}" for k, v in fields if not (v is None or v is False)]
     return f"Objective({', '.join(slots)})".replace(", corrections=()", "")
 
   def tree_flatten_with_keys(self):
@@ -265,32 +266,3 @@ def _evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple
   terms = Terms(loss, surrogate, gate, log_ratio, token_log_ratio, divergence, factor)
   total = jnp.sum(jnp.where(rollout.mask, rollout.weights * loss, 0))
   return total, jax.lax.stop_gradient(terms)
-
-
-def _as_data(name: str, value: Any) -> Any:
-  """Makes functions `Partial`s of arrays, so that numbers are leaves and functions structure."""
-  if value is None:
-    return None
-  if isinstance(value, functools.partial):
-    args = [_as_data(name, arg) for arg in value.args]
-    return Partial(value.func, *args, **{k: _as_data(k, v) for k, v in value.keywords.items()})
-  if callable(value):
-    return Partial(value)
-  return _checks.as_parameter(name, value)
-
-
-def _function(slot: Any) -> Any:
-  return slot.func
-
-
-def _describe(value: Any) -> str:
-  if isinstance(value, Partial):
-    name = getattr(value.func, "__name__", type(value.func).__name__)
-    args = [_describe(arg) for arg in value.args]
-    args += [f"{k}={_describe(v)}" for k, v in value.keywords.items() if v is not None]
-    return f"{name}({', '.join(args)})" if args else name
-  if isinstance(value, tuple):
-    return f"({''.join(_describe(item) + ', ' for item in value).strip()})"
-  if getattr(value, "shape", None) == () and not isinstance(value, jax.core.Tracer):
-    return f"{float(value):.6g}"
-  return str(value)

@@ -545,6 +545,9 @@ def test_bad_calls():
     gpo.grpo()(BATCH.log_probs[..., :-1], rollout)
   with pytest.raises(ValueError, match="log_probs must hold real numbers"):
     gpo.grpo()(BATCH.log_probs.astype(complex), rollout)
+  for given in (BATCH.log_probs, None, vars(rollout)):
+    with pytest.raises(ValueError, match=r"must be a Rollout.*objective\(log_probs, rollout\)"):
+      gpo.grpo()(rollout, given)
   with pytest.raises(ValueError, match=r"one value per response, \[4, 4\].*got rewards \[4\]"):
     gpo.grpo().prepare(BATCH.rewards[0], BATCH.mask)
   with pytest.raises(ValueError, match=r"mask must be .*\[4, 0\]"):
@@ -570,6 +573,21 @@ def test_bad_settings_say_what_to_do():
     gpo.dapo().replace(surrogate=functools.partial(surrogates.clip, mode="x"))
   with pytest.raises(ValueError, match=r"beta must be a scalar; got shape \[2\]"):
     gpo.grpo(beta=jnp.ones(2))(BATCH.log_probs, BATCH.prepare(gpo.grpo()))
+  for name, make in (("epsilon_low", gpo.grpo), ("epsilon_high", gpo.dapo), ("high", gpo.cispo)):
+    setting = "epsilon" if make is gpo.grpo else name
+    with pytest.raises(ValueError, match=f"{name} must be a scalar.*jax.vmap"):
+      make(**{setting: jnp.ones(6)})(BATCH.log_probs, BATCH.prepare(make()))
+    if name != "epsilon_high":  # there None means epsilon_low
+      with pytest.raises(ValueError, match=f"{name} of .* must be a number; got None: bind"):
+        make(**{setting: None})
+  importance = functools.partial(
+    corrections.truncate_importance,
+    level=functools.partial(levels.geometric, clip=jnp.ones(6)),
+  )
+  for slot in ({"corrections": (importance,)}, {"level": importance.keywords["level"]}):
+    objective = gpo.gmpo().replace(**slot)
+    with pytest.raises(ValueError, match=r"clip must be a scalar; got shape \[6\]"):
+      objective(BATCH.log_probs, BATCH.prepare(objective))
   with pytest.raises(ValueError, match="level must return"):
     gpo.dapo().replace(level=lambda d, r: d[..., :1])(BATCH.log_probs, BATCH.prepare(gpo.dapo()))
 
@@ -624,6 +642,15 @@ def test_numbers_that_jax_does_not_know_are_converted(kind):
   rollout = data.prepare(objective)
   loss = objective(data.log_probs, rollout)[0]
   np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
+
+
+def test_a_function_of_ones_own_may_have_arrays_and_none():
+  def tabled(log_ratio, advantages, *, table, kind=None, **others):
+    return log_ratio * advantages * jnp.mean(table)
+
+  bound = functools.partial(tabled, table=jnp.ones(3), kind=None, other=None)
+  objective = gpo.dapo().replace(surrogate=bound)
+  assert jnp.isfinite(run(objective)[0])
 
 
 def test_bad_segments_are_loud():
