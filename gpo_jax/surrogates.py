@@ -8,7 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gpo_jax._numerics import with_slope
+from gpo_jax._numerics import sigmoid, with_slope
 
 
 def clip(
@@ -152,7 +152,7 @@ def sapo(
   Reference: Gao et al. (2025), arXiv:2511.20347.
   """
   temperature = jnp.where(advantages > 0, temperature_pos, temperature_neg)
-  gate = jax.nn.sigmoid(temperature * jnp.expm1(log_ratio))
+  gate = sigmoid(temperature * jnp.expm1(log_ratio))
   return 4 / temperature * gate * advantages
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
-from gpo_jax._numerics import bound, exp_excess, with_slope
+from gpo_jax._numerics import bound, exp_excess, sigmoid, with_slope
 
 MAGNITUDES = np.concatenate([np.logspace(-9, np.log10(20), 20_000), np.linspace(0.01, 20, 20_000)])
 POINTS = np.concatenate([MAGNITUDES, -MAGNITUDES]).astype(np.float32)
@@ -66,6 +66,33 @@ def test_bound_keeps_slope_and_hides_nothing(transform):
 def test_with_slope_gives_value_and_slope():
   value, slope = jax.value_and_grad(lambda x: with_slope(x**3, 5.0 * x, x))(2.0)
   assert (value, slope) == (8, 10)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_sigmoid_keeps_its_slope_where_it_saturates(transform):
+  x = np.linspace(-80, 80, 4001, dtype=np.float32)
+  wide = x.astype(np.longdouble)
+  slope = 1 / (2 + np.exp(wide) + np.exp(-wide))
+  np.testing.assert_array_equal(transform(sigmoid)(x), transform(jax.nn.sigmoid)(x))
+  assert worst(transform(jax.vmap(jax.grad(sigmoid)))(x), slope) < 1e-6
+  second = transform(jax.vmap(jax.grad(jax.grad(sigmoid))))(x)
+  expected = slope * -np.tanh(wide / 2)
+  np.testing.assert_allclose(second, expected.astype(np.float64), rtol=1e-5)
+  assert jax.grad(jax.nn.sigmoid)(18.0) == 0
+
+
+@pytest.mark.parametrize("ratio", [0.01, 1.0, 5.0, 18.0, 40.0, 80.0])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_sapo_fades_and_never_drops_a_token(ratio, advantage):
+  temperature = 1.0 if advantage > 0 else 1.05
+  log_ratio = np.log(np.float32(ratio))
+  slope = jax.grad(gpo.surrogates.sapo)(log_ratio, advantage)
+  ratio = math.exp(float(log_ratio))
+  x = temperature * (ratio - 1)
+  expected = 4 * advantage * ratio / (2 + math.exp(x) + math.exp(-x))
+  np.testing.assert_allclose(slope, expected, rtol=3e-5)
+  tempered = jax.grad(lambda t: gpo.surrogates.sapo(0.5, advantage, temperature_pos=t))(1.0)
+  assert (tempered != 0) == (advantage > 0)
 
 
 def unbiased_slope(delta, drift):
