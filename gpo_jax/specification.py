@@ -351,11 +351,12 @@ _REQUIREMENTS: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
 @checkify.checkify
 def _check_values(arguments: dict[str, jax.Array]) -> None:
   for name, (requirement, is_good) in _REQUIREMENTS.items():
-    if name not in arguments:
+    value = arguments.get(name)
+    if value is None or not value.size:  # the function itself refuses an empty array
       continue
-    value = arguments[name]
     bad = ~is_good(value)
     if value.ndim and "where" in arguments:
+      _checks.like_first(**{name: value, "where": arguments["where"]})
       bad &= arguments["where"] != 0
     first = jnp.argmax(bad)
     place = " at index {}" if value.ndim else ""

@@ -310,6 +310,13 @@ def test_bad_shapes_are_refused_while_tracing():
     gpo.gpo_loss(*GOOD, where=[True, True, False])
 
 
+@pytest.mark.parametrize("kind", [">f4", ">f8", np.longdouble])
+def test_numbers_that_jax_does_not_know_are_converted(kind):
+  inputs = random_inputs((4,))
+  foreign = [np.asarray(x).astype(kind) for x in inputs]
+  assert gpo.gpo_objective(*foreign) == gpo.gpo_objective(*inputs)
+
+
 def test_integers_and_bools_are_promoted_and_inputs_untouched():
   read_only = np.arange(1, 7, dtype=np.int32)[::2]
   read_only.flags.writeable = False
@@ -373,6 +380,21 @@ def test_check_in_groups_and_behind_a_mask():
     gpo.check(gpo.gpo_objective_per_group)(groups, groups, groups, bad)
   losses = gpo.check(gpo.gpo_loss)(*[[1.0, np.nan]] * 4, where=[1, 0])
   np.testing.assert_array_equal(losses, [-1.0, 0.0])
+
+
+def test_check_leaves_shapes_to_clear_errors():
+  checked = gpo.check(gpo.gpo_loss)
+  for inputs, where, message in (
+    ([[]] * 4, None, r"every axis at least 1; got ratios \[0\]"),
+    ([[]] * 4, [], r"every axis at least 1; got ratios \[0\]"),
+    (GOOD, [True], r"where must have the shape of .*\[2\], where \[1\]"),
+    (GOOD, [True] * 3, r"where must have the shape of .*\[2\], where \[3\]"),
+    (GOOD, np.ones((2, 2)), r"where must have the shape of .*\[2\], where \[2, 2\]"),
+    (GOOD, True, r"where must have the shape of .*\[2\], where \[\]"),
+    ([*GOOD[:3], [1.0] * 3], None, r"got ratios \[2\], .*pi_ref \[3\]"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      checked(*inputs, where=where)
 
 
 def test_check_needs_something_to_check():
