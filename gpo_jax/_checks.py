@@ -108,11 +108,15 @@ def as_mask(name: str, mask: Any) -> jax.Array:
 
 
 def as_ids(name: str, ids: Any, remedy: str) -> jax.Array:
-  """Converts ids to the default integer dtype; refuses what is not integers."""
+  """Converts ids to the default integer dtype; refuses what is not integers, or does not fit."""
   ids = _convert(name, ids)
   if not jnp.issubdtype(ids.dtype, jnp.integer):
     raise ValueError(f"{name} must be integers; got dtype {ids.dtype}: {remedy}")
-  return jnp.asarray(ids, jax.dtypes.canonicalize_dtype(int))
+  fitting = ids.astype(jax.dtypes.canonicalize_dtype(int))
+  # JAX would cut 64-bit hashes to 32 bits, where two of them may be one.
+  if isinstance(ids, np.ndarray) and not np.array_equal(ids, fitting):
+    raise ValueError(f"{name} must fit {fitting.dtype}; got {ids.dtype} beyond it: {remedy}")
+  return jnp.asarray(fitting)
 
 
 def as_segment_ids(ids: Any, mask: jax.Array) -> jax.Array:

@@ -212,6 +212,11 @@ def test_uneven_groups_by_id():
   for bad in (ids.astype(float), ids.astype(str), ids.astype(object)):
     with pytest.raises(ValueError, match=r"group_ids must be integers; .*np.unique\(group_ids"):
       adv.by_group(adv.center, rewards, bad)
+  for far in (2**32 + ids, 2**63 + ids.astype(np.uint64)):
+    with pytest.raises(
+      ValueError, match=r"group_ids must fit int32; got u?int64 beyond it: number"
+    ):
+      adv.by_group(adv.center, rewards, far)
   for kind in (np.int8, np.int64, ">i2", list):
     same = ids.tolist() if kind is list else ids.astype(kind)
     np.testing.assert_array_equal(
