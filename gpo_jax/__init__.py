@@ -13,6 +13,13 @@ from gpo_jax import levels as levels
 from gpo_jax import presets as presets
 from gpo_jax import surrogates as surrogates
 from gpo_jax import weightings as weightings
+from gpo_jax.log_probs import TokenLogProbs as TokenLogProbs
+from gpo_jax.log_probs import exact_kl as exact_kl
+from gpo_jax.log_probs import linear_exact_kl as linear_exact_kl
+from gpo_jax.log_probs import linear_loss as linear_loss
+from gpo_jax.log_probs import linear_token_log_probs as linear_token_log_probs
+from gpo_jax.log_probs import token_entropy as token_entropy
+from gpo_jax.log_probs import token_log_probs as token_log_probs
 from gpo_jax.metrics import summarize as summarize
 from gpo_jax.objective import Objective as Objective
 from gpo_jax.presets import cispo as cispo

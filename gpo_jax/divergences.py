@@ -14,7 +14,7 @@ estimator may be unbiased in value and point elsewhere in gradient; p is π, q i
     chi2_minus_kl       χ² − KL / χ² − KL            ∇(χ² − KL) / ∇(χ² − KL)
     forward_kl          KL(q‖p) / KL(q‖p)            ∇KL(q‖p) / ∇KL(q‖p)
 
-That is for one token; `sequence_unbiased` is the one that is exact for whole responses.
+That is for one token; `sequence_unbiased` and `sequence_exact` are exact for whole responses.
 """
 
 import jax
@@ -204,6 +204,32 @@ def sequence_unbiased(
   penalty = ratio * exp_excess(-ref_log_ratio)
   own = with_slope(penalty, ratio * ref_log_ratio, ref_log_ratio)
   return own + with_slope(jnp.zeros_like(penalty), penalty, earlier)
+
+
+def sequence_exact(kl: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Takes ρ_1⋯ρ_t−1 KL_t, with KL_t over the whole vocabulary: exact for the KL of responses.
+
+  Like `sequence_unbiased`, with no noise from the sampled token. For an objective's divergence bind
+  the KL by a lambda: `lambda _, log_ratio, rollout: sequence_exact(kl, log_ratio, rollout)`.
+
+  Args:
+    kl: KL(π‖π_ref) at each position, `[..., T]`, from `exact_kl`, with its gradient.
+    log_ratio: d_t, `[..., T]`.
+    rollout: its mask and segment_ids are used.
+
+  Returns:
+    The penalties, `[..., T]`, ≥ 0.
+
+  Example:
+    >>> from gpo_jax import Rollout
+    >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
+    >>> print(sequence_exact(jnp.array([0.1, 0.1]), jnp.log(jnp.array([2.0, 2.0])), rollout))
+    [0.1 0.2]
+  """
+  mask = rollout.mask.astype(bool)
+  active = jnp.where(mask, log_ratio, 0)
+  earlier = _segments.cumsum(active, rollout.segment_ids) - active
+  return jnp.exp(bound(earlier)) * jnp.where(mask, kl, 0)
 
 
 def sequence_k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:

@@ -31,6 +31,7 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
       `bounded_fraction`: tokens with |log ρ| at the bound of 20.
       `zero_advantage_fraction`: tokens with A = 0.
       `factor_mean`, `dropped_fraction`: of the corrections' factor, and of factors that are 0.
+      `entropy`: in nats per token, where `terms.entropy` has it.
       `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token, where both are known.
 
   Raises:
@@ -84,6 +85,8 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   if terms.factor is not None:
     metrics["factor_mean"] = mean(terms.factor)
     metrics["dropped_fraction"] = mean(terms.factor == 0)
+  if terms.entropy is not None:
+    metrics["entropy"] = mean(terms.entropy)
   if rollout.sampler_log_probs is not None and rollout.old_log_probs is not None:
     log_weight = bound(rollout.old_log_probs - rollout.sampler_log_probs)
     metrics["sampler_kl"] = mean(exp_excess(log_weight))

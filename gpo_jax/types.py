@@ -79,6 +79,8 @@ class Terms:
     token_log_ratio: log(π/π_old) of each token, bounded to ±20.
     divergence: the divergence, or None.
     factor: the product of the corrections, or None.
+    entropy: of the policy, in nats, where it came with the log-probabilities (`linear_loss`), or
+      None.
   """
 
   loss: jax.Array
@@ -88,3 +90,4 @@ class Terms:
   token_log_ratio: jax.Array
   divergence: jax.Array | None
   factor: jax.Array | None
+  entropy: jax.Array | None = None

@@ -1,0 +1,317 @@
+"""Loops over chunks of tokens and tiles of the vocabulary: no `[tokens, vocab]` but one chunk's."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class TokenLogProbs(NamedTuple):
+  """Log-probabilities of the sampled tokens and entropies of the policy, `[..., T]`, in nats."""
+
+  log_probs: jax.Array
+  entropy: jax.Array
+
+
+class Slopes(NamedTuple):
+  """The loss's derivatives with respect to `TokenLogProbs`; None for no entropy in the loss."""
+
+  log_probs: jax.Array
+  entropy: jax.Array | None
+
+
+class Head(NamedTuple):
+  """What makes logits of hidden states: softcap(h Wᵀ + b) / temperature."""
+
+  unembedding: jax.Array
+  bias: jax.Array | None
+  softcap: jax.Array | None
+  temperature: jax.Array
+
+
+class Gradients(NamedTuple):
+  """With respect to hidden states, unembedding and bias; None where not wanted."""
+
+  hidden: jax.Array | None
+  unembedding: jax.Array | None
+  bias: jax.Array | None
+
+
+class Tiling(NamedTuple):
+  """How many tokens and how much vocabulary at a time; whether masked tokens are skipped."""
+
+  chunk_size: int
+  tile_size: int
+  compact: bool
+
+
+class _Chunks:
+  """Takes arrays `[..., T, …]` chunk by chunk, and puts chunks back.
+
+  A chunk is a slice of the token axis, so that the axes before it may be sharded; or, compact, the
+  next tokens that count, wherever they are. Then masked tokens cost nothing, and how many chunks
+  there are is known at run time only.
+  """
+
+  def __init__(self, mask: jax.Array, tiling: Tiling):
+    """Counts the chunks and, for compact ones, finds the tokens of each."""
+    self.mask, self.axis, self.compact = mask, mask.ndim - 1, tiling.compact
+    rows = 1 if tiling.compact else mask.size // mask.shape[-1]
+    self.length = mask.size // rows
+    self.size = max(1, min(self.length, tiling.chunk_size // rows))
+    self.count = -(-self.length // self.size)
+    if self.compact:
+      self.order = jnp.flatnonzero(mask, size=self.count * self.size, fill_value=self.length)
+      self.count = -(-jnp.sum(mask.astype(jnp.int32)) // self.size)
+
+  def _start(self, i: Any) -> jax.Array:
+    return jnp.minimum(i * self.size, self.length - self.size)
+
+  def _tokens(self, i: Any) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(self.order, i * self.size, self.size)
+
+  def _flat(self, x: jax.Array) -> jax.Array:
+    return x.reshape(-1, *x.shape[self.axis + 1 :])
+
+  def take(self, x: jax.Array, i: Any) -> jax.Array:
+    """Takes chunk i of x, `[..., C, …]`."""
+    if not self.compact:
+      return jax.lax.dynamic_slice_in_dim(x, self._start(i), self.size, self.axis)
+    return self._flat(x).at[self._tokens(i)].get(mode="fill", fill_value=0)
+
+  def active(self, i: Any) -> jax.Array:
+    """Marks the tokens of chunk i that count and were in no chunk before."""
+    if self.compact:
+      return self._tokens(i) < self.length
+    fresh = self._start(i) + jnp.arange(self.size) >= i * self.size
+    return self.take(self.mask, i) & jnp.expand_dims(fresh, range(self.axis))
+
+  def add(self, total: jax.Array, x: jax.Array, i: Any) -> jax.Array:
+    """Adds chunk i, 0 at tokens that are not active, to its places, which still hold 0."""
+    if self.compact:
+      return self._flat(total).at[self._tokens(i)].set(x, mode="drop").reshape(total.shape)
+    x += self.take(total, i)
+    return jax.lax.dynamic_update_slice_in_dim(total, x, self._start(i), self.axis)
+
+
+def _over_tiles(vocabulary: int, size: int, step: Callable, carry: Any) -> Any:
+  """Calls `step(start, size, carry)` for every tile, the last of which may be smaller."""
+  whole, rest = divmod(vocabulary, size)
+  if whole > 1:
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: step(i * size, size, carry), carry)
+  else:
+    carry = step(0, size, carry)
+  return step(whole * size, rest, carry) if rest else carry
+
+
+def _cut(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
+  if x.shape[axis] == size:  # A slice of a sharded axis would gather it.
+    return x
+  return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _paste(x: jax.Array, tile: jax.Array, start: Any, axis: int = 0) -> jax.Array:
+  if x.shape[axis] == tile.shape[axis]:
+    return tile
+  return jax.lax.dynamic_update_slice_in_dim(x, tile, start, axis)
+
+
+def is_explicit(x: jax.Array) -> bool:
+  """Tells whether an array lives on a mesh whose axes' shardings are part of its type."""
+  kinds = jax.typeof(x).sharding.mesh.axis_types
+  return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
+
+
+def _dot(subscripts: str, a: jax.Array, b: jax.Array, like: jax.Array | None = None) -> jax.Array:
+  """Multiplies in the wider input dtype and adds up in float32 at least, sharded as `like` is."""
+  dtype = jnp.promote_types(a.dtype, b.dtype)
+  return jnp.einsum(
+    subscripts,
+    a.astype(dtype),
+    b.astype(dtype),
+    preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+    out_sharding=None if like is None or not is_explicit(like) else jax.typeof(like).sharding,
+  )
+
+
+def all_logits(hidden: jax.Array, head: Head) -> jax.Array:
+  """Forms the logits, `[..., V]`."""
+  return _logits(hidden, head, 0, head.unembedding.shape[0])
+
+
+def _logits(hidden: jax.Array, head: Head, start: Any, size: int) -> jax.Array:
+  logits = _dot("...h,vh->...v", hidden, _cut(head.unembedding, start, size))
+  if head.bias is not None:
+    bias = _cut(head.bias, start, size).astype(logits.dtype)
+    logits += jnp.expand_dims(bias, range(logits.ndim - 1))
+  if head.softcap is not None:
+    logits = head.softcap * jnp.tanh(logits / head.softcap)
+  return logits / head.temperature
+
+
+def _is_token(tokens: jax.Array, start: Any, size: int) -> jax.Array:
+  return jnp.expand_dims(tokens - start, -1) == jnp.expand_dims(
+    jnp.arange(size), range(tokens.ndim)
+  )
+
+
+class _Seen(NamedTuple):
+  """Of the logits z of a token so far: m = max z, Σ e^(z−m), Σ (z−m) e^(z−m), and its own logit."""
+
+  largest: jax.Array
+  total: jax.Array
+  excess: jax.Array
+  target: jax.Array
+
+  def add(self, logits: jax.Array, is_token: jax.Array) -> "_Seen":
+    """Takes in a tile."""
+    largest = jnp.maximum(self.largest, jnp.max(logits, axis=-1))
+    shrink = jnp.exp(self.largest - largest)
+    x = logits - jnp.expand_dims(largest, -1)
+    power = jnp.exp(x)
+    excess = jnp.sum(jnp.where(power > 0, x * power, 0), axis=-1)  # −inf · 0 of a banned token
+    target = jnp.sum(jnp.where(is_token, logits, 0), axis=-1)
+    return _Seen(
+      largest,
+      shrink * self.total + jnp.sum(power, axis=-1),
+      shrink * (self.excess + (self.largest - largest) * self.total) + excess,
+      jnp.where(jnp.any(is_token, axis=-1), target, self.target),
+    )
+
+
+def _look(
+  hidden: jax.Array, tokens: jax.Array, head: Head, tile_size: int, buffer: jax.Array | None
+) -> tuple[_Seen, jax.Array | None]:
+  """Passes over the vocabulary; the logits stay in the buffer, if there is one."""
+  vocabulary = head.unembedding.shape[0]
+
+  def step(start: Any, size: int, carry: tuple) -> tuple:
+    seen, buffer = carry
+    logits = _logits(hidden, head, start, size)
+    seen = seen.add(logits, _is_token(tokens, start, size))
+    if size == vocabulary:
+      return seen, logits
+    return seen, None if buffer is None else _paste(buffer, logits, start, logits.ndim - 1)
+
+  zero = jnp.zeros_like(tokens, head.temperature.dtype)
+  # A target that no tile has, an id outside the vocabulary, stays NaN.
+  seen = _Seen(zero + jnp.finfo(zero.dtype).min / 2, zero, zero, zero + jnp.nan)
+  return _over_tiles(vocabulary, tile_size, step, (seen, buffer))
+
+
+def _slope(
+  logits: jax.Array, log_total: jax.Array, entropy: jax.Array, slopes: Slopes, head: Head,
+  is_token: jax.Array,
+) -> jax.Array:  # fmt: skip
+  """The loss's derivative with respect to h Wᵀ + b.
+
+  Of a log-probability it is 1 − p at the token, −p elsewhere; of the entropy, −p (log p + H).
+  """
+  log_probs = logits - jnp.expand_dims(log_total, -1)
+  probs, slope = jnp.exp(log_probs), jnp.expand_dims(slopes.log_probs, -1)
+  share = slope
+  if slopes.entropy is not None:
+    surprise = jnp.where(probs > 0, log_probs, 0) + jnp.expand_dims(entropy, -1)
+    share += jnp.expand_dims(slopes.entropy, -1) * surprise
+  slope = (jnp.where(is_token, slope, 0) - probs * share) / head.temperature
+  if head.softcap is not None:
+    slope *= 1 - (logits * head.temperature / head.softcap) ** 2
+  return slope
+
+
+def _accumulate(
+  hidden: jax.Array, head: Head, tile_size: int, slope_of: Callable, gradients: Gradients
+) -> Gradients:
+  """Passes over the vocabulary again and adds a chunk's gradients to `gradients`, in place."""
+  dtype = jnp.promote_types(hidden.dtype, head.unembedding.dtype)
+
+  def step(start: Any, size: int, gradients: Gradients) -> Gradients:
+    slope = slope_of(start, size)
+    d_hidden, d_unembedding, d_bias = gradients
+    if d_hidden is not None:
+      rows = _cut(head.unembedding, start, size)
+      d_hidden += _dot("...v,vh->...h", slope.astype(dtype), rows, d_hidden)
+    if d_unembedding is not None:
+      tile = _cut(d_unembedding, start, size)
+      tile += _dot("...v,...h->vh", slope.astype(dtype), hidden, tile)
+      d_unembedding = _paste(d_unembedding, tile, start)
+    if d_bias is not None:
+      tile = _cut(d_bias, start, size) + jnp.sum(slope, axis=range(slope.ndim - 1))
+      d_bias = _paste(d_bias, tile, start)
+    return Gradients(d_hidden, d_unembedding, d_bias)
+
+  return _over_tiles(head.unembedding.shape[0], tile_size, step, gradients)
+
+
+def sweep(
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  mask: jax.Array,
+  tiling: Tiling,
+  slopes: Callable | None = None,
+  wanted: Gradients | None = None,
+) -> tuple[TokenLogProbs, Gradients]:
+  """Computes log-probabilities and, given the loss's slopes in them, its gradients in one go.
+
+  Args:
+    hidden: h, `[..., T, H]`; masked rows may hold anything.
+    head: W `[V, H]` and what else makes logits.
+    tokens: the sampled tokens, `[..., T]`.
+    mask: the tokens that count, `[..., T]` bools.
+    tiling: how the work is cut.
+    slopes: `(take, log_probs) -> Slopes` of a chunk, where `take` cuts an array `[..., T]` to that
+      chunk; None for no gradients.
+    wanted: zeros where a gradient is wanted, None elsewhere.
+
+  Returns:
+    `TokenLogProbs`, 0 at masked tokens, and `Gradients`.
+  """
+  chunks, dtype = _Chunks(mask, tiling), head.temperature.dtype
+  zero = jnp.zeros_like(tokens, dtype)
+  buffer, wanted = None, wanted or Gradients(None, None, None)
+  if slopes is not None and tiling.tile_size < head.unembedding.shape[0]:
+    few = jnp.zeros_like(chunks.take(hidden, 0)[..., :1], dtype)
+    buffer = jnp.broadcast_to(few, (*few.shape[:-1], head.unembedding.shape[0]))
+
+  def of_chunk(i: jax.Array, carry: tuple) -> tuple:
+    log_probs, gradients, buffer = carry
+    active = chunks.active(i)
+    h = jnp.where(jnp.expand_dims(active, -1), chunks.take(hidden, i), 0)
+    y = jnp.where(active, chunks.take(tokens, i), 0)
+    seen, logits = _look(h, y, head, tiling.tile_size, buffer)
+    log_total = seen.largest + jnp.log(seen.total)
+    entropy = jnp.log(seen.total) - seen.excess / seen.total
+    chunk = TokenLogProbs(seen.target - log_total, entropy)
+    chunk = jax.tree.map(lambda x: jnp.where(active, x, 0), chunk)
+    log_probs = jax.tree.map(lambda total, x: chunks.add(total, x, i), log_probs, chunk)
+    if slopes is None or logits is None:
+      return log_probs, gradients, buffer
+
+    slope = slopes(lambda x: chunks.take(x, i), chunk)
+    slope = jax.tree.map(lambda x: jnp.where(active, x, 0).astype(dtype), slope)
+
+    def slope_of(start: Any, size: int) -> jax.Array:
+      z, is_token = _cut(logits, start, size, logits.ndim - 1), _is_token(y, start, size)
+      return _slope(z, log_total, entropy, slope, head, is_token)
+
+    rows = jax.tree.map(lambda _: jnp.zeros_like(h, dtype), gradients.hidden)
+    totals = _accumulate(h, head, tiling.tile_size, slope_of, gradients._replace(hidden=rows))
+    rows = jax.tree.map(
+      lambda total, x: chunks.add(total, x.astype(total.dtype), i), gradients.hidden, totals.hidden
+    )
+    return log_probs, totals._replace(hidden=rows), None if buffer is None else logits
+
+  carry = vary((TokenLogProbs(zero, zero), wanted, buffer), tokens)
+  log_probs, gradients, _ = jax.lax.fori_loop(0, chunks.count, of_chunk, carry)
+  return log_probs, gradients
+
+
+def vary(tree: Any, tokens: jax.Array) -> Any:
+  """Adds an integer's 0, which compiles to nothing: under `shard_map` all then varies as tokens do.
+
+  So a gradient in a replicated array is summed over the devices, by JAX itself.
+  """
+  zero = jnp.sum(tokens * 0)
+  return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
