@@ -1,10 +1,12 @@
 """Loops over chunks of tokens and tiles of the vocabulary: no `[tokens, vocab]` but one chunk's."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class TokenLogProbs(NamedTuple):
@@ -123,14 +125,24 @@ def is_explicit(x: jax.Array) -> bool:
   return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
 
 
+def wider(*dtypes: Any) -> Any:
+  """Gives the dtype that holds what all of them hold; JAX's own may be set to refuse."""
+  return functools.reduce(np.promote_types, dtypes)
+
+
+def accumulator(*dtypes: Any) -> Any:
+  """Gives the dtype to add up in: the widest, float32 at least."""
+  return wider(jnp.float32, *dtypes)
+
+
 def _dot(subscripts: str, a: jax.Array, b: jax.Array, like: jax.Array | None = None) -> jax.Array:
   """Multiplies in the wider input dtype and adds up in float32 at least, sharded as `like` is."""
-  dtype = jnp.promote_types(a.dtype, b.dtype)
+  dtype = wider(a.dtype, b.dtype)
   return jnp.einsum(
     subscripts,
     a.astype(dtype),
     b.astype(dtype),
-    preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+    preferred_element_type=accumulator(dtype),
     out_sharding=None if like is None or not is_explicit(like) else jax.typeof(like).sharding,
   )
 
@@ -224,7 +236,7 @@ def _accumulate(
   hidden: jax.Array, head: Head, tile_size: int, slope_of: Callable, gradients: Gradients
 ) -> Gradients:
   """Passes over the vocabulary again and adds a chunk's gradients to `gradients`, in place."""
-  dtype = jnp.promote_types(hidden.dtype, head.unembedding.dtype)
+  dtype = wider(hidden.dtype, head.unembedding.dtype)
 
   def step(start: Any, size: int, gradients: Gradients) -> Gradients:
     slope = slope_of(start, size)

@@ -23,6 +23,7 @@ from gpo_jax._linear import (
   Slopes,
   Tiling,
   TokenLogProbs,
+  accumulator,
   all_logits,
   is_explicit,
   sweep,
@@ -404,7 +405,7 @@ def _as_head(
     bias = jnp.asarray(_checks.as_array("bias", bias))
     if bias.shape != unembedding.shape[:1]:
       raise ValueError(f"bias must be [V]; got {_checks.describe(bias=bias)} with {got}")
-  dtype = jnp.promote_types(jnp.promote_types(hidden.dtype, unembedding.dtype), jnp.float32)
+  dtype = accumulator(hidden.dtype, unembedding.dtype)
   if softcap is not None:
     softcap = jnp.asarray(_checks.as_scalar("softcap", softcap), dtype)
   temperature = jnp.asarray(_checks.as_scalar("temperature", temperature), dtype)
@@ -467,8 +468,9 @@ def _evaluate(
   return loss, dataclasses.replace(terms, entropy=jax.lax.stop_gradient(outputs.entropy))
 
 
-# What follows is for differentiation. The rules see which arguments are differentiated, so that no
-# work is done for a frozen unembedding.
+# What follows is for differentiation: by hand, because a loop of unknown length has no reverse, and
+# with a look at what is differentiated, so that a frozen unembedding costs nothing. Jitted, because
+# outside of `jax.jit` a `shard_map` does not support that look.
 
 
 @jax.custom_jvp
@@ -479,7 +481,7 @@ def _first_order(tree: Any) -> Any:
 @_first_order.defjvp
 def _refuse(primals: tuple, tangents: tuple):
   raise NotImplementedError(
-    "linear_loss and linear_token_log_probs have first derivatives only; for more use "
+    "linear_loss and linear_token_log_probs have first derivatives only; for others use "
     "token_log_probs(hidden @ unembedding.T, tokens)"
   )
 
@@ -520,7 +522,8 @@ def _linear_token_log_probs(tiling, hidden, head, tokens, mask):
 
 def _linear_token_log_probs_fwd(tiling, *arguments):
   values, zeros = _open(arguments)
-  return _first_order(_linear_token_log_probs(tiling, *values)), (values, zeros)
+  hidden, head, tokens, mask = values
+  return _first_order(sweep(hidden, head, tokens, mask, tiling)[0]), (values, zeros)
 
 
 def _linear_token_log_probs_bwd(tiling, residuals, slopes):
@@ -540,6 +543,7 @@ def _linear_token_log_probs_bwd(tiling, residuals, slopes):
 _linear_token_log_probs.defvjp(
   _linear_token_log_probs_fwd, _linear_token_log_probs_bwd, symbolic_zeros=True
 )
+_linear_token_log_probs = jax.jit(_linear_token_log_probs, static_argnums=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -573,3 +577,4 @@ def _linear_loss_bwd(tiling, residuals, slopes):
 
 
 _linear_loss.defvjp(_linear_loss_fwd, _linear_loss_bwd, symbolic_zeros=True)
+_linear_loss = jax.jit(_linear_loss, static_argnums=0)

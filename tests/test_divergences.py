@@ -178,9 +178,17 @@ def pack(x, fill):
   )
 
 
+def with_exact_kl(kind, logits, ref, packed):
+  """The divergence that knows both distributions, closed over."""
+  kl = gpo.exact_kl(logits, ref)[STATE]
+  kl = pack(kl, jnp.nan) if packed else kl
+  if kind == "exact":
+    return lambda *_: kl
+  return lambda _, log_ratio, rollout: div.sequence_exact(kl, log_ratio, rollout)
+
+
 def sequence_estimate(divergence, logits, old, ref, packed=False):
   """E over responses from μ of Σ_t penalty_t, and its gradient, through an `Objective`."""
-  objective = gpo.deepseek_v32(beta=1.0).replace(divergence=divergence, corrections=())
   shares = jnp.where(MASK, jnp.exp(response_log_probs(old))[:, None], 0)
 
   def expectation(logits):
@@ -193,6 +201,10 @@ def sequence_estimate(divergence, logits, old, ref, packed=False):
       arrays["segment_ids"] = pack(ids, 0)
       log_probs = pack(log_probs, jnp.nan)
     rollout = gpo.Rollout(advantages=jnp.zeros(log_probs.shape), **arrays)
+    penalty = divergence
+    if isinstance(divergence, str):
+      penalty = with_exact_kl(divergence, logits, ref, packed)
+    objective = gpo.deepseek_v32(beta=1.0).replace(divergence=penalty, corrections=())
     return objective(log_probs, rollout)[0]
 
   return jax.value_and_grad(expectation)(logits)
@@ -240,6 +252,9 @@ SEQUENCES = {
   "ratio of the response, k3 of tokens": (whole_ratio_token_k3, True, True, True, True),
   "mean ratio of the response, k3 of tokens": (sequence_ratio_token_k3, True, False, False, False),
   "k3": (div.k3, True, False, False, False),
+  # Of the exact KL per token, the gradient on-policy is biased too: states are frozen at μ's.
+  "exact, per token": ("exact", True, False, False, False),
+  "sequence_exact": ("sequence_exact", True, True, True, True),
 }
 
 
@@ -269,7 +284,9 @@ def test_the_token_estimator_freezes_the_states_of_the_sampler():
   assert close(gradient, jax.grad(frozen)(logits))
 
 
-@pytest.mark.parametrize("divergence", [div.sequence_unbiased, div.unbiased, div.sequence_k3])
+@pytest.mark.parametrize(
+  "divergence", [div.sequence_unbiased, div.unbiased, div.sequence_k3, "sequence_exact"]
+)
 def test_packed_rows_give_the_same(divergence):
   logits, old, ref = tables(4)
   for x, y in zip(
