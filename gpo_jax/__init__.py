@@ -47,6 +47,7 @@ from gpo_jax.specification import gpo_loss as gpo_loss
 from gpo_jax.specification import gpo_objective as gpo_objective
 from gpo_jax.specification import gpo_objective_per_group as gpo_objective_per_group
 from gpo_jax.specification import gpo_value_and_grad as gpo_value_and_grad
+from gpo_jax.training import as_loss as as_loss
 from gpo_jax.types import Rollout as Rollout
 from gpo_jax.types import Terms as Terms
 
