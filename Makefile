@@ -4,11 +4,11 @@ BIN := $(VENV)/bin
 # Workers for the tests; the doctests and the tests share one run.
 JOBS ?= 2
 
-.PHONY: help setup demo test test-all lint types bench notebooks build clean
+.PHONY: help setup demo test test-all test-lowest lint types bench notebooks build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp is written last: an interrupted set-up starts again.
 $(VENV)/.complete: pyproject.toml
@@ -27,6 +27,22 @@ $(VENV)/.notebooks: $(VENV)/.complete
 	$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
 	@touch $@
 
+$(VENV)/.clients: $(VENV)/.complete
+	$(BIN)/python -m pip install --quiet --editable ".[examples,tunix]"
+	@touch $@
+
+# The floors of the dependencies and of the demo's, read from pyproject.toml.
+.venv-lowest/.complete: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade "pip>=24"
+	.venv-lowest/bin/python -c 'import tomllib; \
+	  project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  floors = project["dependencies"] + project["optional-dependencies"]["demo"]; \
+	  print("\n".join(floors).replace(">=", "=="))' > .venv-lowest/floors.txt
+	.venv-lowest/bin/python -m pip install --quiet --editable ".[demo,dev]" \
+	  --constraint .venv-lowest/floors.txt
+	@touch $@
+
 setup: $(VENV)/.complete  ## Make the virtual environment
 
 demo: setup  ## A small policy learns to add, in about 3 minutes
@@ -35,8 +51,11 @@ demo: setup  ## A small policy learns to add, in about 3 minutes
 test: setup  ## Run the tests, the doctests and the README
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
-test-all: setup  ## Run the slow tests too
+test-all: $(VENV)/.clients  ## Run the slow tests too, with every client installed
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-lowest: .venv-lowest/.complete  ## Run the tests with the oldest supported versions
+	.venv-lowest/bin/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
 lint: setup  ## Check format and style
 	$(BIN)/ruff format --check .
@@ -56,5 +75,5 @@ build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## Remove what was built, the virtual environment included
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) .venv-lowest dist build .pytest_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

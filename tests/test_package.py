@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import pytest
 
 import gpo_jax
@@ -74,7 +75,8 @@ def test_the_readmes_python_blocks_print_what_they_say():
   namespace = {}  # one session: later blocks use what earlier ones defined
   for code, expected in BLOCKS:
     output = io.StringIO()
-    with contextlib.redirect_stdout(output):
+    users = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
+    with contextlib.redirect_stdout(output), users[0], users[1]:
       exec(compile(code, "README.md", "exec"), namespace)
     assert output.getvalue().strip() == expected.strip()
 

@@ -20,12 +20,12 @@ class Block(nnx.Module):
     self.perceptron_in = nnx.Linear(width, 4 * width, rngs=rngs)
     self.perceptron_out = nnx.Linear(4 * width, width, rngs=rngs)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps activations [N, T, width] to [N, T, width]."""
+  def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Maps activations [N, T, width] to [N, T, width]; mask [N, 1, T, T] says who sees whom."""
     projected = self.attention_in(self.attention_norm(x))
     projected = projected.reshape(*x.shape[:2], 3 * self.heads, -1)
     queries, keys, values = jnp.split(projected, 3, axis=2)
-    mixed = jax.nn.dot_product_attention(queries, keys, values, is_causal=True)
+    mixed = jax.nn.dot_product_attention(queries, keys, values, mask=mask, is_causal=True)
     x = x + self.attention_out(mixed.reshape(x.shape))
     return x + self.perceptron_out(jax.nn.relu(self.perceptron_in(self.perceptron_norm(x))))
 
@@ -42,12 +42,22 @@ class Policy(nnx.Module):
     self.norm = nnx.LayerNorm(width, rngs=rngs)
     self.readout = nnx.Linear(width, vocabulary, rngs=rngs)
 
-  def __call__(self, tokens: jax.Array) -> jax.Array:
-    """Maps tokens [..., T] to the log-probabilities [..., T, V] of each one's successor."""
-    flat = tokens.reshape(-1, tokens.shape[-1])
-    x = self.token_embedding(flat) + self.position_embedding(jnp.arange(flat.shape[1]))[None]
+  def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Maps tokens [..., T] to the log-probabilities [..., T, V] of each one's successor.
+
+    In packed rows the tokens of a segment see, and count their positions in, that segment alone.
+    """
+    flat, mask = tokens.reshape(-1, tokens.shape[-1]), None
+    positions = jnp.arange(flat.shape[1])[None]
+    if segment_ids is not None:
+      ids = segment_ids.reshape(flat.shape)
+      mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+      positions -= jnp.argmax(mask[:, 0], axis=-1)
+      # Padding may be longer than any segment; its positions only have to exist.
+      positions = jnp.minimum(positions, self.position_embedding.num_embeddings - 1)
+    x = self.token_embedding(flat) + self.position_embedding(positions)
     for block in self.blocks:
-      x = block(x)
+      x = block(x, mask)
     log_probs = jax.nn.log_softmax(self.readout(self.norm(x)))
     return log_probs.reshape(*tokens.shape, -1)
 

@@ -1,0 +1,81 @@
+"""Every example runs as a user would run it, and what it claims is so."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+FRAMEWORKS = {
+  "with_pytrees": "optax",
+  "with_flax_nnx": "flax",
+  "with_flax_linen": "flax",
+  "with_equinox": "equinox",
+  "with_haiku": "haiku",
+}
+
+
+def launch(script, *arguments, devices=1):
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+  return subprocess.Popen(
+    [sys.executable, EXAMPLES / f"{script}.py", *map(str, arguments)],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+  )  # fmt: skip
+
+
+def finish(process):
+  output, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+  return output
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_policy_of_every_framework_learns(name):
+  pytest.importorskip(FRAMEWORKS[name])
+  before, after = (float(x) for x in finish(launch(name)).split()[1::2])
+  assert before < 0.3
+  assert after > 0.9
+
+
+def test_every_framework_has_its_example():
+  assert {path.stem for path in EXAMPLES.glob("with_*.py")} == set(FRAMEWORKS)
+
+
+def test_packed_rows_train_the_demo_s_policy_as_plain_ones_do():
+  plain, packed = finish(launch("packing")).splitlines()
+  assert plain.split("loss ")[1] == packed.split("loss ")[1].split(",")[0]
+  assert float(packed.split()[-1]) < 1e-5
+  assert int(packed.split()[0]) < int(plain.split()[0]) / 2
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(("localhost", 0))
+    return server.getsockname()[1]
+
+
+def test_eight_devices_and_two_processes_are_one_device(tmp_path):
+  files = {name: tmp_path / f"{name}.npz" for name in ("one", "eight", "two")}
+  finish(launch("devices", "--out", files["one"]))
+  finish(launch("devices", "--out", files["eight"], devices=8))
+  joined = ["--coordinator", f"localhost:{free_port()}", "--processes", 2, "--out", files["two"]]
+  pair = [launch("devices", *joined, "--process", i, devices=2) for i in range(2)]
+  try:
+    outputs = [finish(process) for process in pair]
+  finally:
+    for process in pair:
+      process.kill()
+  assert "4 devices" in outputs[0]
+  expected = dict(np.load(files["one"]))
+  assert len(expected) == 3 * 3 + 2
+  for name in ("eight", "two"):
+    found = dict(np.load(files[name]))
+    assert found.keys() == expected.keys()
+    for key, x in expected.items():
+      np.testing.assert_allclose(found[key], x, rtol=1e-4, atol=1e-6, err_msg=key)
