@@ -126,14 +126,20 @@ def as_segment_ids(ids: Any, mask: jax.Array) -> jax.Array:
   return ids
 
 
-def like(name: str, value: jax.Array, expected: jax.Array) -> jax.Array:
+def returned(name: str, value: Any, shape: tuple[int, ...], one: str, dtype: Any = None) -> Any:
+  """Refuses what a slot's function returned if it is not one value per token, or per response."""
+  got = None if value is None else type(value).__name__
+  if hasattr(value, "shape"):
+    got = f"{jnp.result_type(value)} {list(value.shape)}"
+    if value.shape == shape and dtype in (None, jnp.result_type(value)):
+      return value
+  kind = "" if dtype is None else f"{dtype} "
+  raise ValueError(f"{name} must return {kind}{list(shape)}, one value per {one}; got {got}")
+
+
+def like(name: str, value: Any, expected: jax.Array) -> jax.Array:
   """Refuses what a slot's function returned if it is not one float per token."""
-  if jnp.shape(value) != expected.shape or jnp.result_type(value) != expected.dtype:
-    raise ValueError(
-      f"{name} must return {expected.dtype} {list(expected.shape)}, one value per token; "
-      f"got {jnp.result_type(value)} {list(jnp.shape(value))}"
-    )
-  return value
+  return returned(name, value, expected.shape, "token", expected.dtype)
 
 
 _PER_TOKEN = ("weights", "old_log_probs", "ref_log_probs", "sampler_log_probs", "factor")

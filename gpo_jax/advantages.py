@@ -13,8 +13,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from gpo_jax import _checks
+from gpo_jax._mesh import whole
+from gpo_jax._slots import as_data
 
 
 def _inputs(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -308,9 +311,10 @@ def by_group(
 ) -> jax.Array:
   """Applies an advantage to groups of uneven size, told apart by ids.
 
-  On a mesh with explicit axes, give it rewards and ids that are not sharded.
-
       A_i = advantage(R, where = {j : group_j = group_i})_i
+
+  Compiled once for an advantage of this module, and for each function of your own. On a mesh with
+  Explicit axes the result is not sharded.
 
   Args:
     advantage: a function of this module, or one like them.
@@ -329,17 +333,21 @@ def by_group(
     >>> print(by_group(center, jnp.array([1.0, 0.0, 5.0]), jnp.array([7, 7, 3])))
     [ 0.5 -0.5  0. ]
   """
-  rewards, where, _ = _inputs(rewards, where)
   if getattr(advantage, "func", advantage) in (batch_standardize, decoupled):
     raise ValueError("the advantage is over the whole batch, not over groups: leave group_ids out")
+  rewards, where, _ = _inputs(rewards, where)
   remedy = "number the groups, np.unique(group_ids, return_inverse=True)[1]"
   group_ids = _checks.as_ids("group_ids", group_ids, remedy)
   _checks.like_first(rewards=rewards, group_ids=group_ids)
-  flat, ids, where = rewards.ravel(), group_ids.ravel(), where.ravel()
+  flat, ids, where = (whole(x).ravel() for x in (rewards, group_ids, where))
+  return _of_samples(as_data("advantage", advantage), flat, ids, where).reshape(rewards.shape)
 
+
+@jax.jit  # a loop outside of it would be compiled anew in each call
+def _of_samples(advantage: Partial, flat: jax.Array, ids: jax.Array, where: jax.Array) -> jax.Array:
   def of_sample(index: jax.Array) -> jax.Array:
-    return advantage(flat, where & (ids == ids[index]))[index]
+    value = advantage(flat, where & (ids == ids[index]))
+    return _checks.returned("advantage", value, flat.shape, "sample")[index]
 
   # One pass over all samples for each: batches of them bound the memory to 64·N values.
-  result = jax.lax.map(of_sample, jnp.arange(flat.size), batch_size=min(64, flat.size))
-  return result.reshape(rewards.shape)
+  return jax.lax.map(of_sample, jnp.arange(flat.size), batch_size=min(64, flat.size))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from gpo_jax import levels
 from gpo_jax._checks import with_token_axis
+from gpo_jax._mesh import whole
 from gpo_jax._numerics import bound
 from gpo_jax.types import Level, Rollout
 
@@ -292,7 +293,7 @@ def topr(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
 
 def _quantile(values: jax.Array, mask: jax.Array, quantile: chex.Numeric) -> jax.Array:
   """Interpolates linearly between the ordered active values."""
-  ordered = jnp.sort(jnp.where(mask, values, jnp.finfo(values.dtype).max), axis=None)
+  ordered = jnp.sort(whole(jnp.where(mask, values, jnp.finfo(values.dtype).max)), axis=None)
   last = jnp.maximum(jnp.sum(mask.astype(values.dtype)) - 1, 0)
   position = quantile * last
   below = jnp.floor(position)

@@ -1,8 +1,10 @@
 """Advantages: formulas, exact zeros, samples left out, uneven groups, and what they optimise."""
 
+import functools
 import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -232,6 +234,16 @@ def test_many_groups_by_id_agree_with_groups_by_axis():
   order = np.random.default_rng(3).permutation(200)
   value = adv.by_group(adv.standardize, rewards.ravel()[order], ids.ravel()[order])
   np.testing.assert_allclose(value, adv.standardize(rewards).ravel()[order], rtol=1e-5, atol=1e-6)
+
+
+def test_groups_by_id_compile_once():
+  traced = chex.assert_max_traces(n=1)(lambda rewards, where, *, scale: scale * rewards)
+  for scale in (1.0, 2):
+    advantage = functools.partial(traced, scale=scale)
+    value = adv.by_group(advantage, REWARDS, np.arange(15).reshape(3, 5))
+    np.testing.assert_allclose(value, scale * REWARDS)
+    objective = gpo.dapo().replace(advantage=advantage)
+    objective.prepare(REWARDS, jnp.ones((3, 5, 2)), group_ids=np.arange(15).reshape(3, 5))
 
 
 def test_bad_rewards():

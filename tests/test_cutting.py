@@ -233,3 +233,43 @@ def test_packed_rows_and_metrics_on_eight_devices(axis_type, name):
     sharding = NamedSharding(mesh(axis_type), PartitionSpec("data"))
     value = step(*jax.device_put((log_probs, rollout), sharding))
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), value, expected)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("sharded", ["mask", "all"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_uneven_groups_on_eight_devices(axis_type, sharded, packed):
+  objective = gpo.gspo()
+  ids = np.tile([1, 1, 2, 3, 0], (8, 1))
+  rewards = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+  group_ids = np.arange(24).reshape(8, 3) % 5
+  mask = ids > 0 if packed else np.ones((8, 3, 2))
+
+  def step(rewards, group_ids, mask, ids):
+    kind = {"segment_ids": ids} if packed else {}
+    rollout = objective.prepare(rewards, mask, group_ids=group_ids, **kind)
+    log_probs = jnp.where(rollout.mask, -1.0, 0.0)
+    return value_and_grad(objective, log_probs, rollout)
+
+  arguments = [rewards, group_ids, mask, ids]
+  expected = step(*arguments)
+  with jax.set_mesh(mesh(axis_type)):
+    sharding = NamedSharding(mesh(axis_type), PartitionSpec("data"))
+    first = 2 if sharded == "mask" else 0
+    arguments[first:] = jax.device_put(arguments[first:], sharding)
+    assert_same(*step(*arguments), *expected)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_statistics_over_the_batch_on_eight_devices(axis_type):
+  @jax.jit
+  def factors(log_probs, rollout):
+    entropy = gpo.corrections.entropy_mask(-log_probs, rollout, quantile=0.5)
+    return entropy, gpo.corrections.covariance_mask(log_probs, rollout, fraction=0.2)
+
+  rollout = BATCH.prepare(gpo.dapo())
+  expected = factors(jnp.asarray(BATCH.log_probs), rollout)
+  with jax.set_mesh(mesh(axis_type)):
+    sharding = NamedSharding(mesh(axis_type), PartitionSpec("data"))
+    value = factors(*jax.device_put((BATCH.log_probs, rollout), sharding))
+  jax.tree.map(np.testing.assert_array_equal, value, expected)
