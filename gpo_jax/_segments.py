@@ -10,6 +10,15 @@ def _starts(segment_ids: jax.Array) -> jax.Array:
   return jnp.concatenate([jnp.ones_like(segment_ids[..., :1], bool), changes], axis=-1)
 
 
+def fill(segment_ids: jax.Array, mask: jax.Array) -> jax.Array:
+  """Gives each masked token the id of the active token before it, so that segments stay in one.
+
+  Ids are 1, 2, … in order, so that the last one is the largest so far.
+  """
+  active = jnp.where(mask, segment_ids, 0)
+  return jnp.where(mask, segment_ids, jax.lax.cummax(active, axis=active.ndim - 1))
+
+
 def cumsum(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Sums along the last axis, up to and including each token, anew in each segment."""
   if segment_ids is None:

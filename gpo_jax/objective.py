@@ -40,9 +40,10 @@ class Objective:
 
   An objective is a pytree: the numbers bound to its functions (`functools.partial(clip,
   epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
-  once, `jax.vmap` over objectives is a sweep and `jax.grad` through one gives meta-gradients. Bind
-  numbers and arrays only; a lambda closes over anything else. Slots are traced, outside `jax.jit`
-  too.
+  once, `jax.vmap` over objectives is a sweep and `jax.grad` through one gives meta-gradients: of
+  `beta` and of the numbers of all slots but `advantage` and `weighting`, whose results are data and
+  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. Slots are
+  traced, outside `jax.jit` too.
 
   Attributes:
     surrogate: `(log_ratio, advantages) -> objective`, to be maximised; see `gpo_jax.surrogates`.
@@ -127,10 +128,10 @@ class Objective:
   ) -> Rollout:
     """Computes advantages and weights, once, over all that one optimizer step sees.
 
-    A response without an active token is left out of its group's statistics. To compute advantages
-    in another way, build the `Rollout` yourself or replace its field. A flat batch, rewards `[B]`
-    and mask `[B, T]`, is one group of B: reshape it to `[P, G]` and `[P, G, T]`, or give
-    `group_ids`.
+    A response without an active token is left out of its group's statistics. A flat batch, rewards
+    `[B]` and mask `[B, T]`, is one group of B: reshape it to `[P, G]` and `[P, G, T]`, or give
+    `group_ids`. Advantages computed in another way, of responses or of tokens, replace those of the
+    rollout: `rollout.replace(advantages=token_advantages)`, `[..., G, T]`.
 
     Args:
       rewards: `[..., G]`, G samples of one prompt along the last axis; of packed rows `[..., S]`,
@@ -139,7 +140,9 @@ class Objective:
       old_log_probs: log π_old, `[..., G, T]`; None where that is the current policy.
       ref_log_probs: log π_ref, `[..., G, T]`; needed for a divergence.
       sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; needed by corrections.
-      segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in order, 0 for padding.
+      segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is not
+        checked, and anything at masked tokens. An id that came back after another would be one
+        response to advantages and two to weights and levels.
       group_ids: the prompt of each reward, integers of rewards' shape, for groups that are not the
         last axis: without it the segments of a packed row are one group.
 
@@ -161,7 +164,7 @@ class Objective:
     rewards = jnp.asarray(_checks.as_array("rewards", rewards))
     mask = _checks.as_mask("mask", mask)
     if segment_ids is not None:
-      segment_ids = _checks.as_segment_ids(segment_ids, mask)
+      segment_ids = _segments.fill(_checks.as_segment_ids(segment_ids, mask), mask)
     present = _segments.present(mask, segment_ids, jnp.atleast_1d(rewards).shape[-1])
     if rewards.shape[max(rewards.ndim - present.ndim, 0) :] != present.shape:
       raise ValueError(

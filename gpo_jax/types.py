@@ -47,8 +47,8 @@ class Rollout:
     sampler_log_probs: log-probabilities as the sampler reported them, `[..., G, T]`, for
       corrections.
     segment_ids: which response each token of a packed row belongs to, `[..., G, T]` integers: 1, 2,
-      … in order, 0 for padding; a masked token inside a response carries its id too. None if a row
-      holds one response.
+      … in order. A masked token inside a response carries its id too, as `prepare` sees to. None if
+      a row holds one response.
     factor: a correction computed beforehand over the whole batch, `[..., G, T]`.
   """
 

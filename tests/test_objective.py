@@ -316,6 +316,18 @@ def test_meta_gradients_through_an_objective(x64):
   np.testing.assert_allclose(jax.grad(loss)(0.2), numeric, rtol=1e-6)
 
 
+def test_meta_gradients_of_weights_and_advantages_are_0():
+  base = gpo.dr_grpo(length=8).replace(
+    advantage=functools.partial(gpo.advantages.standardize, eps=0.1),
+    corrections=(functools.partial(corrections.truncate_importance, cap=0.9),),
+  )
+  slopes = jax.grad(lambda o: o(BATCH.log_probs, BATCH.prepare(o))[0])(base)
+  assert slopes.weighting.keywords["length"] == 0
+  assert slopes.advantage.keywords["eps"] == 0
+  assert slopes.surrogate.keywords["epsilon_low"] != 0
+  assert slopes.corrections[0].keywords["cap"] != 0
+
+
 def test_leaves_are_numbers_and_structure_is_functions():
   objective = gpo.grpo()
   assert len(jax.tree.leaves(objective)) == 2
@@ -629,6 +641,23 @@ def test_a_packed_row_is_one_group_and_a_place_without_a_segment_holds_anything(
     apart = objective.prepare(rewards, ids > 0, segment_ids=ids, group_ids=groups)
     assert jnp.isfinite(apart.advantages[ids > 0]).all()
     assert jnp.any(apart.advantages[ids > 0] != packed.advantages[ids > 0])
+
+
+@EVERY
+@pytest.mark.parametrize("junk", [0, [4, 0, 7, -3, 99, 2, 1, 0]])
+def test_ids_of_masked_tokens_do_not_matter(name, junk):
+  objective = PRESETS[name]
+  ids = np.array([[1, 1, 1, 2, 2, 2, 3, 3], [0, 1, 1, 2, 2, 2, 0, 0]])
+  mask = np.array([[1, 0, 1, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 1, 0, 0]], bool)
+  rewards = np.array([[1.0, 0.0, 0.5], [0.25, 1.0, 0.0]], np.float32)
+  log_probs, old, ref = -np.random.default_rng(0).exponential(size=(3, 2, 8)).astype(np.float32)
+
+  def evaluate(ids):
+    rollout = objective.prepare(rewards, mask, old, ref_log_probs=ref, segment_ids=ids)
+    return rollout.weights, value_and_grad(objective, log_probs, rollout)
+
+  results = evaluate(ids), evaluate(np.where(mask, ids, junk))
+  jax.tree.map(np.testing.assert_array_equal, *results)
 
 
 @pytest.mark.parametrize("kind", [">f4", ">f8", np.longdouble, ">i2"])
