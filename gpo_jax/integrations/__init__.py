@@ -1,0 +1,1 @@
+"""Objectives inside training libraries; importing a module here does not import its library."""

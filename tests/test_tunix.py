@@ -1,0 +1,326 @@
+"""The objective as a policy loss of Tunix: beside Tunix's own, and through its learner.
+
+Where definitions are the same, values are. They are not the same for Tunix's default KL, `kl`,
+whose gradient is not that of a KL (k1 against k3); for equal rewards, where Tunix's advantages are
+rounding errors over 1e-6; for packed rows, which Tunix 0.1.7 averages as one response each; and for
+Dr. GRPO's constant, which is the padded width there.
+"""
+
+import dataclasses
+import types
+import warnings
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("tunix")
+with warnings.catch_warnings():
+  warnings.simplefilter("ignore")  # of libraries that Tunix imports
+  from flax import nnx
+  from tunix.rl import common, function_registry, rl_cluster
+  from tunix.rl import utils as rl_utils
+  from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+  from tunix.rl.rollout.base_rollout import RolloutConfig
+  from tunix.sft import utils as sft_utils
+  from tunix.tests import test_common
+
+import gpo_jax as gpo
+from gpo_jax.integrations.tunix import register
+from tests.batches import grpo_with, relative_error
+
+SIZE = test_common.MockVocab().GetPieceSize()
+ROWS, PROMPT, LENGTH = 8, 4, 6
+TUNIX_GRPO = {"kl_loss_mode": "low_var_kl", "num_generations": 4}
+
+
+@pytest.fixture(autouse=True)
+def as_tunix_needs_it():
+  """Tunix promotes dtypes and ranks, in threads of its own too; its registry is global."""
+  registered = function_registry.default_registry._registry
+  before = {kind: dict(functions) for kind, functions in registered.items()}
+  jax.config.update("jax_numpy_dtype_promotion", "standard")
+  jax.config.update("jax_numpy_rank_promotion", "allow")
+  jax.config.update("jax_disable_most_optimizations", True)  # quicker to compile
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+  jax.config.update("jax_numpy_dtype_promotion", "strict")
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  registered.update(before)
+
+
+class Policy(nnx.Module):
+  """Predicts the next token from this one: the same when sampling, training and packed."""
+
+  def __init__(self, seed):
+    rngs = nnx.Rngs(seed)
+    self.config = test_common.ModelConfig(num_layers=1, num_kv_heads=1, head_dim=1)
+    self.embedding = nnx.Embed(SIZE, 16, rngs=rngs)
+    self.hidden = nnx.Linear(16, 32, rngs=rngs)
+    self.head = nnx.Linear(32, SIZE, rngs=rngs)
+
+  def __call__(self, x, positions, cache=None, attention_mask=None):
+    return 2 * self.head(nnx.tanh(self.hidden(3 * self.embedding(x)))), cache
+
+  def init_cache(self, batch_size, cache_size, dtype):
+    return {"layer_0": {"end_index": jnp.zeros(batch_size, jnp.int32)}}
+
+  @property
+  def num_embed(self):
+    return SIZE
+
+
+def parameters(model):
+  return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+
+def log_probs_of(model, prompts, completions):
+  return common.compute_per_token_logps(
+    *nnx.split(model), prompts, completions, pad_id=0, eos_id=2, temperature=0.7
+  )
+
+
+@pytest.fixture(scope="module")
+def example():
+  """A batch off-policy, ragged, with an empty row and sampler weights."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  lengths = np.array([0, 1, 2, 3, 4, 5, 6, 6])
+  mask = np.arange(LENGTH) < lengths[:, None]
+  prompts = jnp.asarray(rng.integers(3, SIZE, (ROWS, PROMPT)), jnp.int32)
+  completions = jnp.asarray(np.where(mask, rng.integers(3, SIZE, mask.shape), 0), jnp.int32)
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    log_probs = log_probs_of(Policy(0), prompts, completions)
+  return common.TrainExample(
+    prompt_ids=prompts,
+    prompt_mask=jnp.ones_like(prompts, bool),
+    completion_ids=completions,
+    completion_mask=jnp.asarray(mask),
+    advantages=draw(ROWS),
+    ref_per_token_logps=log_probs + 0.3 * draw(*mask.shape),
+    old_per_token_logps=log_probs + 0.3 * draw(*mask.shape),
+    sampler_is_weights=jnp.exp(0.3 * draw(*mask.shape)),
+  )
+
+
+def evaluate(name, example, **config):
+  """Loss, metrics and gradient of a registered loss, as Tunix's trainer takes them."""
+  settings = types.SimpleNamespace(**(vars_of(GRPOConfig(**TUNIX_GRPO)) | config))
+  settings.temperature = 0.7
+  loss_fn = function_registry.get_policy_loss_fn(name)
+  run = nnx.jit(
+    nnx.value_and_grad(lambda model, x: loss_fn(model, x, settings, 0, 2), has_aux=True)
+  )
+  (loss, metrics), gradient = run(Policy(0), example)
+  flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(nnx.to_pure_dict(gradient))])
+  return float(loss), jax.tree.map(float, metrics), flat
+
+
+def vars_of(config):
+  return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+SAME = {
+  "grpo": (gpo.grpo(), {}),
+  "token_mean": (grpo_with(gpo.weightings.token_mean), {"loss_agg_mode": "token-mean"}),
+  "sequence_sum": (grpo_with(gpo.weightings.sequence_sum), {"loss_agg_mode": "seq-mean-token-sum"}),
+  "dr_grpo": (
+    gpo.dr_grpo(length=LENGTH),
+    {"loss_agg_mode": "sequence-mean-token-scale", "beta": 0.0},
+  ),
+  "dapo": (gpo.dapo(), {"loss_agg_mode": "token-mean", "beta": 0.0, "epsilon_high": 0.28}),
+  "gspo_token": (
+    gpo.gspo_token(epsilon_low=0.02, epsilon_high=0.02),
+    {"loss_algo": "gspo-token", "epsilon": 0.02, "beta": 0.0},
+  ),
+  "k1": (gpo.grpo().replace(divergence=gpo.divergences.k1), {"kl_loss_mode": "kl"}),
+  "dual_clip": (
+    gpo.grpo().replace(surrogate=partial(gpo.surrogates.dual_clip, bound=1.3)),
+    {"epsilon_c": 1.3},
+  ),
+}
+OF_THEIR_OWN = {"pg_clipfrac_lower", "pg_loss/clipped_mean"}
+
+
+@pytest.mark.parametrize(
+  ("case", "on_policy"),
+  [*((case, False) for case in SAME), ("grpo", True), ("gspo_token", True)],
+)
+def test_loss_gradient_and_metrics_are_tunixs(example, case, on_policy):
+  if on_policy:
+    example = example.replace(old_per_token_logps=None, sampler_is_weights=None)
+  objective, config = SAME[case]
+  register("ours", objective)
+  loss, metrics, gradient = evaluate("ours", example, **config)
+  expected_loss, expected, expected_gradient = evaluate("grpo", example, **config)
+  assert loss == pytest.approx(expected_loss, rel=1e-5, abs=1e-6)
+  assert relative_error(gradient, expected_gradient) < 1e-5
+  differing = set() if config.get("loss_agg_mode") == "token-mean" else {"entropy"}
+  differing |= {"kl", "kl_loss"} if objective.divergence is None else set()
+  differing |= {"pg_clipfrac"} if case == "dual_clip" else set()
+  for name in set(expected) - OF_THEIR_OWN - differing:
+    assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
+  assert not set(expected) - set(metrics) - {"pg_clipfrac_lower"}
+  assert metrics["pg_clipfrac"] > 0 or on_policy  # else a clip could be missing
+
+
+def test_another_beta_or_kl_is_seen(example):
+  register("beta", gpo.grpo(beta=0.05))
+  register("k1", gpo.grpo().replace(divergence=gpo.divergences.k1))
+  _, _, expected = evaluate("grpo", example)
+  for name in ("beta", "k1"):
+    assert relative_error(evaluate(name, example)[2], expected) > 1e-3, name
+
+
+def test_advantages_are_tunixs_with_its_eps():
+  standardize = partial(gpo.advantages.standardize, eps=1e-6)
+  register("ours", gpo.grpo().replace(advantage=standardize))
+  register("leave_one_out", gpo.rloo())
+  register("center", gpo.dr_grpo(length=8))
+  rewards = np.random.default_rng(0).normal(size=12)
+  for name, theirs in (("ours", "grpo"), ("leave_one_out", "rloo"), ("center", "drgrpo")):
+    ours, theirs = map(function_registry.get_advantage_estimator, (name, theirs))
+    arguments = {"rewards": rewards, "num_generations": 4}
+    np.testing.assert_allclose(ours(**arguments), theirs(**arguments), rtol=1e-5, atol=1e-6)
+  equal = {"rewards": np.full(7, 0.7, np.float32), "num_generations": 7}
+  ours, theirs = map(function_registry.get_advantage_estimator, ("ours", "grpo"))
+  assert not np.any(ours(**equal))
+  assert np.max(np.abs(theirs(**equal))) > 0.05  # rounding of the mean, divided by 1e-6
+
+
+def test_packed_rows_count_each_response(example):
+  example = jax.tree.map(lambda x: x[1:], example).replace(sampler_is_weights=None)
+  (packed,), *rest = rl_utils.pack_sequences(iter([[example]]), 64)
+  assert not rest
+  assert packed.segment_ids.shape == (1, 64)
+  register("ours", gpo.grpo())
+  loss, _, gradient = evaluate("ours", example)
+  packed_loss, _, packed_gradient = evaluate("ours", packed)
+  assert packed_loss == pytest.approx(loss, rel=1e-5)
+  assert relative_error(packed_gradient, gradient) < 1e-5
+  # Tunix: one mean over the row.
+  assert relative_error(evaluate("grpo", packed)[2], gradient) > 0.1
+
+
+@pytest.mark.parametrize("weighting", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_sums_and_denominators_of_microbatches_add_up(example, weighting, monkeypatch):
+  # A stand-in with the fields of later versions; the newest release is without them.
+  Metric = dataclasses.make_dataclass("WeightedMetric", ["unreduced_sum", "denominator"])
+  Output = dataclasses.make_dataclass("LossOutput", ["primary_loss", "aux_metrics"])
+  whole = grpo_with(getattr(gpo.weightings, weighting))
+  register("pair", whole)
+  expected, *_ = evaluate("pair", example)
+  for kind in (Metric, Output):
+    monkeypatch.setattr(sft_utils, kind.__name__, kind, raising=False)
+  register("ours", whole)
+  loss_fn = function_registry.get_policy_loss_fn("ours")
+  settings = types.SimpleNamespace(temperature=0.7)
+  pieces = [jax.tree.map(lambda x: x[cut], example) for cut in (slice(0, 3), slice(3, 8))]
+
+  @nnx.jit
+  def sum_and_denominator(model, piece):
+    loss = loss_fn(model, piece, settings, 0, 2).primary_loss
+    return jnp.stack([loss.unreduced_sum, loss.denominator])
+
+  losses = np.array([sum_and_denominator(Policy(0), piece) for piece in pieces])
+  total, denominator = np.sum(losses, axis=0)
+  assert total / denominator == pytest.approx(expected, rel=1e-5)
+  mean = np.mean(losses[:, 0] / losses[:, 1])
+  assert mean != pytest.approx(expected, rel=1e-3)
+
+
+def test_mistakes_are_named(example):
+  register("ours", gpo.grpo())
+  with pytest.raises(ValueError, match="policy_loss_fn named 'ours' already"):
+    register("ours", gpo.dapo())
+  with pytest.raises(ValueError, match="named 'grpo' already"):
+    register("grpo", gpo.grpo())
+  with pytest.raises(ValueError, match="advantage_estimator named 'rloo' already"):
+    register("rloo", gpo.rloo())
+  with pytest.raises(ValueError, match="such as gpo_jax.grpo"):
+    register("function", gpo.grpo)
+  with pytest.raises(ValueError, match=r"GRPOConfig\(beta="):
+    evaluate("ours", example.replace(ref_per_token_logps=None))
+
+
+# What Tunix calls is deprecated in three places, elsewhere in each new version of JAX and optax.
+deprecated = pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+
+
+def train(name, *, advantage_estimator="grpo", beta=0.04, micro=None, packed=None, **config):
+  """Three steps of Tunix's own learner, which samples, scores, and updates a tiny policy."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
+  role = rl_cluster.Role
+  cluster = rl_cluster.RLCluster(
+    actor=Policy(0),
+    reference=Policy(1),
+    tokenizer=test_common.MockVocab(),
+    cluster_config=rl_cluster.ClusterConfig(
+      role_to_mesh=dict.fromkeys((role.ACTOR, role.REFERENCE, role.ROLLOUT), mesh),
+      rollout_engine="vanilla",
+      training_config=rl_cluster.RLTrainingConfig(
+        actor_optimizer=optax.sgd(1.0),
+        eval_every_n_steps=100,
+        max_steps=3,
+        mini_batch_size=4 if micro else None,
+        train_micro_batch_size=micro,
+        max_seq_token_per_tpu=packed,
+      ),
+      rollout_config=RolloutConfig(
+        max_tokens_to_generate=8, max_prompt_length=8, kv_cache_size=32, temperature=1.0
+      ),
+    ),
+  )
+  settings = GRPOConfig(
+    policy_loss_fn=name,
+    advantage_estimator=advantage_estimator,
+    beta=beta,
+    **(TUNIX_GRPO | config),
+  )
+  reward = lambda completions, **_: [text.count("is") + 0.1 * len(text) for text in completions]
+  learner = GRPOLearner(rl_cluster=cluster, algo_config=settings, reward_fns=reward)
+  prompts = np.array(["input string", "hello world", "My name", "hello there"])
+  learner.train([{"prompts": prompts} for _ in range(4)])
+  history = cluster.actor_trainer.metrics_logger.get_metric_history
+  logged = {key: np.array(history("actor", key, "train")) for key in ("loss", "kl", "pg_clipfrac")}
+  return logged, parameters(cluster.actor_trainer.model)
+
+
+@pytest.mark.slow
+@deprecated
+@pytest.mark.parametrize("run", [{}, {"micro": 2}, {"num_iterations": 2}], ids=str)
+def test_the_learner_trains_the_same_policy(run):
+  register("ours", gpo.grpo())
+  expected, expected_policy = train("grpo", **run)
+  logged, policy = train("ours", **run)
+  for name in logged:
+    np.testing.assert_allclose(logged[name], expected[name], rtol=1e-4, atol=1e-6)
+  moved = jax.tree.map(np.subtract, expected_policy, parameters(Policy(0)))
+  error = jax.tree.map(np.subtract, policy, expected_policy)
+  for change, difference in zip(jax.tree.leaves(moved), jax.tree.leaves(error)):
+    assert np.max(np.abs(difference)) < 1e-4 * np.max(np.abs(change))
+
+
+@pytest.mark.slow
+@deprecated
+@pytest.mark.parametrize("name", ["dapo", "deepseek_v32", "gspo", "cispo"])
+def test_the_learner_trains_by_objectives_that_tunix_lacks(name):
+  objective = getattr(gpo, name)()
+  register("ours", objective)
+  beta = 0.0 if objective.divergence is None else 0.04
+  logged, policy = train("ours", advantage_estimator="ours", beta=beta, num_iterations=2)
+  assert all(len(values) and np.all(np.isfinite(values)) for values in logged.values())
+  assert np.any(logged["kl"]) == (objective.divergence is not None)
+  moved = jax.tree.map(np.subtract, policy, parameters(Policy(0)))
+  assert all(np.all(np.isfinite(x)) and np.any(x) for x in jax.tree.leaves(moved))
+
+
+@pytest.mark.slow
+@deprecated
+def test_the_learner_without_a_reference_policy_says_so():
+  register("ours", gpo.grpo())
+  with pytest.raises(ValueError, match=r"GRPOConfig\(beta="):
+    train("ours", beta=0.0)
