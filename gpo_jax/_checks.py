@@ -25,6 +25,8 @@ def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
 
 def _convert(name: str, value: Any) -> jax.Array | np.ndarray:
   """Makes an array of a dtype that JAX has, if it has one for such values."""
+  if value is None:
+    raise ValueError(f"{name} must be an array; got None")
   if isinstance(value, jax.Array):
     return value
   try:
@@ -146,10 +148,16 @@ _PER_TOKEN = ("weights", "old_log_probs", "ref_log_probs", "sampler_log_probs", 
 
 
 def check_rollout(rollout: Rollout) -> Rollout:
-  """Refuses a rollout whose arrays do not fit its mask."""
+  """Refuses what is no rollout, and one whose arrays do not fit its mask."""
+  if not isinstance(rollout, Rollout):
+    raise ValueError(
+      f"rollout must be a Rollout, from `prepare`; got {type(rollout).__name__}: call "
+      "objective(log_probs, rollout)"
+    )
   mask = as_mask("mask", rollout.mask)
   fields = {name: getattr(rollout, name) for name in _PER_TOKEN}
-  arrays = {name: as_array(name, value) for name, value in fields.items() if value is not None}
+  needed = {k: v for k, v in fields.items() if v is not None or k == "weights"}
+  arrays = {name: as_array(name, value) for name, value in needed.items()}
   like_first(mask=mask, **arrays)
   given = as_array("advantages", rollout.advantages)
   advantages = with_token_axis(given, mask)
@@ -164,19 +172,14 @@ def check_rollout(rollout: Rollout) -> Rollout:
   return rollout.replace(advantages=advantages, mask=mask, segment_ids=segment_ids, **arrays)
 
 
-def clean(log_probs: Any, rollout: Rollout) -> tuple[jax.Array, Rollout]:
+def clean(log_probs: Any, rollout: Rollout, name: str = "log_probs") -> tuple[jax.Array, Rollout]:
   """Checks the inputs of an objective, gives them one dtype and puts 0 wherever the mask is 0.
 
   From there on no function can meet what was in a masked position, in value or in gradient.
   """
-  if not isinstance(rollout, Rollout):
-    raise ValueError(
-      f"rollout must be a Rollout, from `prepare`; got {type(rollout).__name__}: call "
-      "objective(log_probs, rollout)"
-    )
   rollout = check_rollout(rollout)
-  log_probs = as_array("log_probs", log_probs)
-  like_first(mask=rollout.mask, log_probs=log_probs)
+  log_probs = as_array(name, log_probs)
+  like_first(**{"mask": rollout.mask, name: log_probs})
   mask, names = rollout.mask, [name for name in _PER_TOKEN if getattr(rollout, name) is not None]
   fixed = jax.lax.stop_gradient([getattr(rollout, name) for name in ("advantages", *names)])
   log_probs, advantages, *fixed = promote(log_probs, *fixed)

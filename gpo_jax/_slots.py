@@ -10,7 +10,50 @@ from jax.tree_util import Partial
 
 from gpo_jax import _checks
 
-_PACKAGE = f"{__name__.partition('.')[0]}."
+_PACKAGE = __name__.partition(".")[0]
+
+# What each slot's function is called with; a function of this package names it so, too.
+_ARGUMENTS = {
+  "surrogate": ("log_ratio", "advantages"),
+  "level": ("log_ratio", "rollout"),
+  "divergence": ("ref_log_ratio", "log_ratio", "rollout"),
+  "corrections": ("log_probs", "rollout"),
+  "weighting": ("mask", "segment_ids"),
+  "advantage": ("rewards", "where"),
+}
+_MODULES = ("surrogates", "levels", "divergences", "corrections", "weightings", "advantages")
+_REMEDIES = {
+  "entropy_mask": ": pass rollout.replace(factor=entropy_mask(entropy, rollout))",
+  "sequence_exact": ": bind the KL, lambda _, log_ratio, rollout: sequence_exact(kl, …)",
+}
+_TAKE_ARRAYS = ("lengths", "weights")  # of `optimal_baseline` and `decoupled`
+
+
+def as_slot(slot: str, function: Any) -> Partial:
+  """Makes a slot's function a pytree; refuses what cannot be called as the slot calls it."""
+  if not callable(function):
+    raise ValueError(f"{slot} must be a function; got {function!r:.60}")
+  function, arguments = as_data(slot, function), _ARGUMENTS[slot]
+  expected = f"{slot} must take ({', '.join(arguments)})"
+  try:
+    signature = inspect.signature(function.func)
+  except (TypeError, ValueError):  # a builtin has none
+    return function
+  try:
+    signature.bind(*function.args, *arguments, **function.keywords)
+  except TypeError as error:
+    raise ValueError(f"{expected}; {describe(function)} does not: {error}") from error
+  taken = tuple(signature.parameters)[: len(arguments)]
+  if is_ours(function) and taken != arguments:
+    remedy = _REMEDIES.get(name_of(function), "")
+    raise ValueError(f"{expected}; {describe(function)} takes ({', '.join(taken)}){remedy}")
+  return function
+
+
+def is_ours(function: Partial) -> bool:
+  """Tells whether a function is one of this package for slots."""
+  package, _, module = str(getattr(function.func, "__module__", None)).partition(".")
+  return package == _PACKAGE and module in _MODULES
 
 
 def as_data(name: str, value: Any) -> Any:
@@ -40,19 +83,24 @@ def _check_none(bound: functools.partial) -> None:
 def check_numbers(name: str, value: Any) -> None:
   """Refuses an array where this package takes a number; a function from elsewhere may have one."""
   if isinstance(value, Partial):
-    ours = str(getattr(value.func, "__module__", None)).startswith(_PACKAGE)
-    for key, setting in value.keywords.items() if ours else ():
-      check_numbers(key, setting)
+    for key, setting in value.keywords.items() if is_ours(value) else ():
+      if key not in _TAKE_ARRAYS:
+        check_numbers(key, setting)
   elif value is not None and jnp.ndim(value):
     raise ValueError(
       f"{name} must be a scalar; got shape {list(jnp.shape(value))}: sweep it by jax.vmap"
     )
 
 
+def name_of(function: Any) -> str:
+  """Names the function of a slot."""
+  return getattr(function.func, "__name__", type(function.func).__name__)
+
+
 def describe(value: Any) -> str:
   """Shows the expression that makes a slot."""
   if isinstance(value, Partial):
-    name = getattr(value.func, "__name__", type(value.func).__name__)
+    name = name_of(value)
     args = [describe(arg) for arg in value.args]
     args += [f"{k}={describe(v)}" for k, v in value.keywords.items() if v is not None]
     return f"{name}({', '.join(args)})" if args else name

@@ -236,11 +236,13 @@ def optimal_baseline(
       A_i = R_i − Σ_j L_j R_j / Σ_j L_j
 
   In an objective: `objective.replace(advantage=partial(optimal_baseline, lengths=mask.sum(-1)))`.
+  Of packed rows, S rewards each, the lengths are `jnp.sum(mask * (segment_ids == s), -1)` for s in
+  1 … S, stacked along the last axis.
 
   Args:
     rewards: R, `[..., G]`.
     where: the samples that count, `[..., G]`, bool or 0/1; all if None.
-    lengths: L ≥ 0, tokens per response, `[..., G]`; of `by_group`, flat like its rewards.
+    lengths: L ≥ 0, tokens per response, `[..., G]`; with `group_ids` flat, `lengths.ravel()`.
 
   Returns:
     A, `[..., G]`.
@@ -253,7 +255,8 @@ def optimal_baseline(
   """
   rewards, where, _ = _inputs(rewards, where)
   tokens = _checks.as_array("lengths", lengths)
-  remedy = ": groups told apart by ids are flat, they take lengths.ravel()"
+  remedy = ". Give one length per reward: of packed rows each segment's, and with group_ids "
+  remedy += "lengths.ravel()"
   _checks.like_first(remedy, rewards=rewards, lengths=tokens)
   lengths = jnp.where(where, jnp.asarray(tokens, rewards.dtype), 0)
   shifted, _ = _shift(rewards, where)

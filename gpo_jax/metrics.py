@@ -35,7 +35,7 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
       `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token, where both are known.
 
   Raises:
-    ValueError: where the rollout does not fit the terms.
+    ValueError: for what is no `Terms`, and where the rollout does not fit the terms.
 
   Example:
     >>> import gpo_jax as gpo
@@ -46,7 +46,12 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
     >>> print(metrics["clip_fraction_high"], metrics["ratio_max"].round(2))
     0.5 1.65
   """
-  _, rollout = _checks.clean(terms.loss, rollout)
+  if not isinstance(terms, Terms):
+    raise ValueError(
+      f"terms must be Terms; got {type(terms).__name__}: call loss, terms = objective(log_probs, "
+      "rollout), then summarize(terms, rollout)"
+    )
+  _, rollout = _checks.clean(terms.loss, rollout, name="terms")
   mask, weights, advantages = rollout.mask, rollout.weights, rollout.advantages
   # Each pass over the tokens costs as much as the loss itself, so passes are shared where they can.
   tokens = mask.astype(weights.dtype)

@@ -14,8 +14,8 @@ from jax.tree_util import GetAttrKey
 
 from gpo_jax import _checks, _segments, levels, weightings
 from gpo_jax._numerics import bound
-from gpo_jax._slots import as_data, check_numbers, describe
-from gpo_jax.advantages import by_group
+from gpo_jax._slots import as_data, as_slot, check_numbers, describe, is_ours, name_of
+from gpo_jax.advantages import by_group, decoupled
 from gpo_jax.types import (
   Advantage,
   Correction,
@@ -56,8 +56,9 @@ class Objective:
     allow_token_weighting: set it to weigh responses by length under a response's ratio, on purpose.
 
   Raises:
-    ValueError: for a divergence without beta or the reverse, a slot that is no function, and a
-      response-level ratio under a token-level weighting unless allowed.
+    ValueError: for a divergence without beta or the reverse, a slot that is no function or one that
+      does not take what the slot calls it with, and a response-level ratio under a token-level
+      weighting unless allowed.
 
   Example:
     >>> from functools import partial
@@ -84,22 +85,22 @@ class Objective:
   allow_token_weighting: bool = False
 
   def __post_init__(self):
-    """Makes the slots leaves and structure, and refuses combinations that mean nothing."""
+    """Makes the slots leaves and structure."""
     for name in ("surrogate", "level", "advantage", "weighting", "divergence"):
-      value = getattr(self, name)
-      if value is None and name == "divergence":
-        continue
-      if not callable(value):
-        raise ValueError(f"{name} must be a function; got {value!r:.60}")
-      object.__setattr__(self, name, as_data(name, value))
+      if name != "divergence" or self.divergence is not None:
+        object.__setattr__(self, name, as_slot(name, getattr(self, name)))
     if callable(self.beta):
       raise ValueError("beta must be a number; got a function: pass beta=schedule(step)")
     object.__setattr__(self, "beta", as_data("beta", self.beta))
     given = self.corrections
     if not isinstance(given, tuple | list) or not all(map(callable, given)):
       raise ValueError(f"corrections must be a tuple of functions; got {given!r:.60}")
-    corrections = tuple(as_data("corrections", correction) for correction in self.corrections)
+    corrections = tuple(as_slot("corrections", correction) for correction in given)
     object.__setattr__(self, "corrections", corrections)
+    self._check_combination()
+
+  def _check_combination(self) -> None:
+    """Refuses combinations that mean nothing."""
     if (self.divergence is None) != (self.beta is None):
       raise ValueError(
         f"divergence and beta go together; got divergence={describe(self.divergence)}, "
@@ -150,7 +151,7 @@ class Objective:
       A `Rollout`, to be passed to the objective whole or cut along its row axes.
 
     Raises:
-      ValueError: where shapes do not fit.
+      ValueError: where shapes do not fit, or `advantage` or `weighting` returns another shape.
 
     Example:
       >>> import gpo_jax as gpo
@@ -161,30 +162,39 @@ class Objective:
       >>> print(rollout.advantages[mask])
       [ 0.5  0.5 -0.5 -0.5  0. ]
     """
-    rewards = jnp.asarray(_checks.as_array("rewards", rewards))
+    for name in ("advantage", "weighting"):
+      check_numbers(name, getattr(self, name))
     mask = _checks.as_mask("mask", mask)
     if segment_ids is not None:
       segment_ids = _segments.fill(_checks.as_segment_ids(segment_ids, mask), mask)
-    present = _segments.present(mask, segment_ids, jnp.atleast_1d(rewards).shape[-1])
-    if rewards.shape[max(rewards.ndim - present.ndim, 0) :] != present.shape:
-      raise ValueError(
-        f"rewards must have one value per response, {list(present.shape)} for mask "
-        f"{list(mask.shape)}; got rewards {list(rewards.shape)}"
-      )
-    if group_ids is None:
-      advantages = self.advantage(rewards, present)
-    else:
-      advantages = by_group(self.advantage, rewards, group_ids, present)
+    advantages = self._advantages(rewards, mask, segment_ids, group_ids)
+    weights = self.weighting(mask, segment_ids)
     rollout = Rollout(
       advantages=_segments.to_tokens(advantages, segment_ids),
       mask=mask,
-      weights=self.weighting(mask, segment_ids),
+      weights=_checks.returned("weighting", weights, mask.shape, "token"),
       old_log_probs=old_log_probs,
       ref_log_probs=ref_log_probs,
       sampler_log_probs=sampler_log_probs,
       segment_ids=segment_ids,
     )
     return _checks.check_rollout(rollout)
+
+  def _advantages(self, rewards, mask, segment_ids, group_ids) -> jax.Array:
+    rewards = jnp.asarray(_checks.as_array("rewards", rewards))
+    present = _segments.present(mask, segment_ids, jnp.atleast_1d(rewards).shape[-1])
+    slot: Any = self.advantage
+    # Several kinds of reward are for `decoupled`, or for a function from elsewhere that takes them.
+    kinds = slot.func is decoupled or (group_ids is None and not is_ours(slot))
+    first = max(rewards.ndim - present.ndim, 0) if kinds else 0
+    if rewards.shape[first:] != present.shape:
+      raise ValueError(
+        f"rewards must have one value per response, {list(present.shape)} for mask "
+        f"{list(mask.shape)}; got rewards {list(rewards.shape)}"
+      )
+    if group_ids is not None:
+      return by_group(slot, rewards, group_ids, present)
+    return _checks.returned("advantage", slot(rewards, present), present.shape, "response")
 
   def __call__(self, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
     """Computes the loss, to be minimised, and the terms it is made of.
@@ -255,11 +265,14 @@ def _evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple
     (jnp.ones_like(log_ratio),),
   )
   loss, factor, divergence = -surrogate, None, None
-  factors = [correction(fixed, rollout) for correction in slots.corrections]
+  factors = [
+    _checks.like(f"corrections: {name_of(correction)}", correction(fixed, rollout), fixed)
+    for correction in slots.corrections
+  ]
   factors += [] if rollout.factor is None else [rollout.factor]
   if factors:
     factor = functools.reduce(jnp.multiply, factors)
-    loss = -_checks.like("corrections", factor, log_probs) * surrogate
+    loss = -factor * surrogate
   ref_log_probs, beta = rollout.ref_log_probs, slots.beta
   if slots.divergence is not None and ref_log_probs is not None and beta is not None:
     ref_log_ratio = bound(log_probs - ref_log_probs)

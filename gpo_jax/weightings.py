@@ -10,11 +10,14 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gpo_jax import _segments
+from gpo_jax import _checks, _segments
 
 
-def _active(mask: jax.Array) -> jax.Array:
-  return jnp.asarray(mask).astype(bool).astype(jax.dtypes.canonicalize_dtype(float))
+def _inputs(mask: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+  mask = _checks.as_mask("mask", mask)
+  if segment_ids is not None:
+    segment_ids = _checks.as_segment_ids(segment_ids, mask)
+  return mask.astype(jax.dtypes.canonicalize_dtype(float)), segment_ids
 
 
 def token_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
@@ -36,8 +39,7 @@ def token_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Arr
 
   Reference: Yu et al. (2025, DAPO), arXiv:2503.14476, Eq. 8.
   """
-  del segment_ids
-  active = _active(mask)
+  active, _ = _inputs(mask, segment_ids)
   return active / jnp.maximum(jnp.sum(active), 1)
 
 
@@ -61,7 +63,7 @@ def sequence_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.
   Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, Eq. 3. TRL, EasyDeL and MaxText count empty
   responses; here, as in Tunix and verl, they are not counted.
   """
-  active = _active(mask)
+  active, segment_ids = _inputs(mask, segment_ids)
   lengths = jnp.maximum(_segments.total(active, segment_ids), 1)
   return active / lengths / jnp.maximum(_segments.count(active, segment_ids), 1)
 
@@ -86,7 +88,7 @@ def sequence_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.A
   Reference: Ahmadian et al. (2024, RLOO), arXiv:2402.14740; with the sequence ratio, LUSPO (2026),
   arXiv:2602.05261.
   """
-  active = _active(mask)
+  active, segment_ids = _inputs(mask, segment_ids)
   return active / jnp.maximum(_segments.count(active, segment_ids), 1)
 
 
@@ -132,5 +134,4 @@ def token_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Arra
     >>> print(token_sum(jnp.array([1, 1, 0])))
     [1. 1. 0.]
   """
-  del segment_ids
-  return _active(mask)
+  return _inputs(mask, segment_ids)[0]

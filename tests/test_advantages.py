@@ -270,7 +270,7 @@ def test_lengths_are_one_per_reward():
   with pytest.raises(ValueError, match=r"lengths must .*lengths \[3\]"):
     adv.optimal_baseline(REWARDS, lengths=jnp.arange(3))
   ids = np.arange(15).reshape(3, 5) // 5
-  with pytest.raises(ValueError, match=r"rewards \[15\], lengths \[3, 5\]: .*lengths.ravel\(\)"):
+  with pytest.raises(ValueError, match=r"rewards \[15\], lengths \[3, 5\]\. .*lengths.ravel\(\)"):
     adv.by_group(opo, REWARDS, ids)
   flat = Partial(adv.optimal_baseline, lengths=jnp.arange(15))
   np.testing.assert_allclose(adv.by_group(flat, REWARDS, ids), opo(REWARDS), rtol=1e-5, atol=1e-6)

@@ -524,6 +524,131 @@ def test_bad_objectives():
     gpo.dapo(epsilon_low="0.2")
 
 
+WRONG_SLOTS = [
+  (
+    {"surrogate": levels.sequence},
+    r"\(log_ratio, advantages\); sequence takes \(log_ratio, rollout",
+  ),
+  (
+    {"surrogate": functools.partial(surrogates.clip, epsilon=0.2)},
+    r"clip\(epsilon=0.2\) does not:",
+  ),
+  ({"surrogate": surrogates.cispo}, "surrogate must take .*; cispo does not: .*'high'"),
+  ({"level": divergences.k3}, r"level must take \(log_ratio, rollout\); k3 does not"),
+  (
+    {"weighting": lambda mask: mask},
+    r"weighting must take \(mask, segment_ids\); <lambda> does not",
+  ),
+  ({"advantage": gpo.advantages.by_group}, "advantage must take .*; by_group does not"),
+  ({"corrections": (corrections.topr, lambda x: x)}, "corrections must take .*; <lambda> does not"),
+  (
+    {"corrections": (functools.partial(corrections.entropy_mask, quantile=0.5),)},
+    r"entropy_mask.* takes \(entropy, rollout\): pass rollout.replace\(factor=entropy_mask\(",
+  ),
+  ({"divergence": divergences.sequence_exact}, r"takes \(kl, .*: bind the KL, lambda _, log_ratio"),
+]
+
+
+@pytest.mark.parametrize(("slot", "message"), WRONG_SLOTS)
+def test_a_function_that_does_not_fit_its_slot(slot, message):
+  with pytest.raises(ValueError, match=message):
+    gpo.grpo().replace(**slot)
+
+
+def test_a_slot_takes_whatever_can_be_called_as_it_is():
+  objective = gpo.dapo().replace(surrogate=jnp.multiply, advantage=lambda *given: given[0])
+  assert jnp.isfinite(run(objective)[0])
+  objective.replace(surrogate=min)  # a builtin whose arguments are not known
+
+
+NOT_ARRAYS = [(lambda *_: None, "None"), (lambda *_: (1.0,), "tuple"), (lambda *_: 1.0, "float")]
+
+
+@pytest.mark.parametrize(("function", "got"), NOT_ARRAYS)
+def test_what_a_slot_returns_is_an_array(function, got):
+  rollout = BATCH.prepare(gpo.grpo())
+  for slot in ("surrogate", "level", "divergence"):
+    with pytest.raises(ValueError, match=rf"{slot} must return float32 \[4, 4, 6\].*got {got}"):
+      gpo.grpo().replace(**{slot: function})(BATCH.log_probs, rollout)
+  with pytest.raises(ValueError, match=f"corrections: <lambda> must return .*got {got}"):
+    gpo.grpo().replace(corrections=(function,))(BATCH.log_probs, rollout)
+  for slot, shape in (("advantage", r"\[4, 4\]"), ("weighting", r"\[4, 4, 6\]")):
+    with pytest.raises(ValueError, match=f"{slot} must return {shape}.*got {got}"):
+      BATCH.prepare(gpo.grpo().replace(**{slot: function}))
+
+
+def test_each_correction_is_checked():
+  def halves(log_probs, rollout):
+    return jnp.full((6,), 0.5)
+
+  def kept(log_probs, rollout):
+    return rollout.mask
+
+  for function, got in ((halves, r"float32 \[6\]"), (kept, r"bool \[4, 4, 6\]")):
+    objective = gpo.dapo().replace(corrections=(corrections.topr, function))
+    with pytest.raises(ValueError, match=f"corrections: {function.__name__} must return .*{got}"):
+      objective(BATCH.log_probs, BATCH.prepare(objective))
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 4, 1), ()])
+def test_an_advantage_is_one_per_response(shape):
+  objective = gpo.dapo().replace(advantage=lambda rewards, where: jnp.ones(shape))
+  ids = np.ones(BATCH.mask[:, 0].shape, int)
+  for arrays in (
+    {},
+    {"group_ids": np.ones((4, 4), int)},
+    {"mask": BATCH.mask[:, 0], "segment_ids": ids},
+    {"mask": BATCH.mask[:, 0], "segment_ids": ids, "group_ids": np.ones((4, 4), int)},
+  ):
+    with pytest.raises(ValueError, match="advantage must return"):
+      objective.prepare(**{"rewards": BATCH.rewards, "mask": BATCH.mask} | arrays)
+
+
+def test_only_decoupled_and_ones_own_take_several_kinds_of_reward():
+  kinds = np.stack([BATCH.rewards, -BATCH.rewards])
+  for kind in (
+    functools.partial(gpo.advantages.decoupled, weights=[1.0, 2.0]),
+    lambda rewards, where: gpo.advantages.center(rewards[0], where),
+  ):
+    rollout = gpo.dapo().replace(advantage=kind).prepare(kinds, BATCH.mask)
+    assert rollout.advantages.shape == (4, 4, 1)
+  for rewards, mask in ((kinds, BATCH.mask), (BATCH.rewards, BATCH.mask[0])):
+    with pytest.raises(ValueError, match="rewards must have one value per response"):
+      gpo.dapo().prepare(rewards, mask)
+  decoupled = gpo.dapo().replace(advantage=gpo.advantages.decoupled)
+  with pytest.raises(ValueError, match="leave group_ids out"):
+    decoupled.prepare(kinds, BATCH.mask, group_ids=np.ones((4, 4), int))
+
+
+def test_numbers_of_weighting_and_advantage_are_scalars_and_lengths_are_arrays():
+  for slot, message in (
+    ({"weighting": functools.partial(weightings.constant_length, length=jnp.ones(6))}, "length"),
+    ({"advantage": functools.partial(gpo.advantages.standardize, eps=jnp.ones(4))}, "eps"),
+  ):
+    with pytest.raises(ValueError, match=rf"{message} must be a scalar; got shape .*jax.vmap"):
+      BATCH.prepare(gpo.dapo().replace(**slot))
+  opo = functools.partial(gpo.advantages.optimal_baseline, lengths=BATCH.mask.sum(-1))
+  assert jnp.isfinite(run(gpo.dapo().replace(advantage=opo))[0])
+
+
+def test_optimal_baseline_of_packed_rows():
+  ids = np.array([[1, 1, 2, 2], [1, 2, 2, 0]])
+  rewards = np.array([[1.0, 0.0], [0.5, 2.0]], np.float32)
+  lengths = jnp.stack([jnp.sum(ids == s, -1) for s in (1, 2)], -1)
+  prepare = lambda n, **kind: (
+    gpo.dapo()
+    .replace(advantage=functools.partial(gpo.advantages.optimal_baseline, lengths=n))
+    .prepare(rewards, ids > 0, segment_ids=ids, **kind)
+    .advantages
+  )
+  expected = [0.5, -0.5, -1.0, 0.5]
+  apart = prepare(lengths.ravel(), group_ids=[[0, 0], [1, 1]])
+  for value in (prepare(lengths), apart):
+    np.testing.assert_allclose(value[np.arange(4) // 2, [0, 2, 0, 1]], expected, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"packed rows each segment's, .*lengths.ravel\(\)"):
+    prepare(jnp.ones(2))
+
+
 def bad_rollouts():
   good = BATCH.prepare(gpo.deepseek_v32())
   short = BATCH.old_log_probs[..., :-1]
@@ -540,6 +665,7 @@ def bad_rollouts():
     ({"segment_ids": jnp.ones((4, 4), int)}, r"segment_ids must have .*\[4, 4\]"),
     ({"factor": jnp.ones(3)}, r"factor must have .*factor \[3\]"),
     ({"mask": jnp.ones((4, 4, 6), complex)}, "mask must hold real numbers"),
+    *(({name: None}, f"{name} must be .*got None") for name in ("advantages", "mask", "weights")),
   ]
 
 
@@ -560,6 +686,11 @@ def test_bad_calls():
   for given in (BATCH.log_probs, None, vars(rollout)):
     with pytest.raises(ValueError, match=r"must be a Rollout.*objective\(log_probs, rollout\)"):
       gpo.grpo()(rollout, given)
+  for given, name in (((None, BATCH.mask), "rewards"), ((BATCH.rewards, None), "mask")):
+    with pytest.raises(ValueError, match=f"{name} must be an array; got None"):
+      gpo.grpo().prepare(*given)
+  with pytest.raises(ValueError, match="log_probs must be an array; got None"):
+    gpo.grpo()(None, rollout)
   with pytest.raises(ValueError, match=r"one value per response, \[4, 4\].*got rewards \[4\]"):
     gpo.grpo().prepare(BATCH.rewards[0], BATCH.mask)
   with pytest.raises(ValueError, match=r"mask must be .*\[4, 0\]"):
@@ -752,6 +883,32 @@ def test_metrics_of_a_cut_batch(name):
   assert metrics.keys() == expected.keys()
   for key, value in expected.items():
     np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-7, err_msg=key)
+
+
+def test_bad_terms():
+  objective = gpo.grpo()
+  rollout = BATCH.prepare(objective)
+  both = objective(BATCH.log_probs, rollout)
+  for given in (both, None, rollout):
+    with pytest.raises(ValueError, match=r"terms must be Terms; got .*summarize\(terms, rollout\)"):
+      gpo.summarize(given, both[1])
+  with pytest.raises(ValueError, match="rollout must be a Rollout.*got NoneType"):
+    gpo.summarize(both[1], None)
+  half = jax.tree.map(lambda x: x[:2], rollout)
+  with pytest.raises(
+    ValueError, match=r"terms must have .*got mask \[2, 4, 6\], terms \[4, 4, 6\]"
+  ):
+    gpo.summarize(both[1], half)
+
+
+def test_bad_inputs_of_weightings():
+  constant = functools.partial(weightings.constant_length, length=8)
+  others = ("token_mean", "sequence_mean", "sequence_sum", "token_sum")
+  for weighting in (constant, *(getattr(weightings, name) for name in others)):
+    with pytest.raises(ValueError, match=r"mask must be .*got \[\]"):
+      weighting(1.0)
+    with pytest.raises(ValueError, match=r"segment_ids must have .*segment_ids \[4, 4\]"):
+      weighting(BATCH.mask, np.ones((4, 4), int))
 
 
 def test_metrics_of_an_empty_batch_are_0():
