@@ -138,6 +138,8 @@ def accumulator(*dtypes: Any) -> Any:
 def _dot(subscripts: str, a: jax.Array, b: jax.Array, like: jax.Array | None = None) -> jax.Array:
   """Multiplies in the wider input dtype and adds up in float32 at least, sharded as `like` is."""
   dtype = wider(a.dtype, b.dtype)
+  if jax.default_backend() == "cpu":  # which has no narrow products, and before JAX 0.9 says so
+    dtype = accumulator(dtype)
   return jnp.einsum(
     subscripts,
     a.astype(dtype),

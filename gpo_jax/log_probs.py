@@ -504,15 +504,20 @@ def _open(arguments: tuple) -> tuple[tuple, Gradients]:
   )
 
 
-def _close(gradients: Gradients, head: Head) -> tuple[jax.Array | None, Head]:
-  """Gives gradients the dtypes of what they belong to."""
+def _close(gradients: Gradients, hidden: jax.Array, head: Head) -> tuple[jax.Array, Head]:
+  """Gives gradients the dtypes of what they belong to; zeros, which nobody reads, for none.
+
+  The structure is then always the same: JAX 0.8 cannot trace a rule again that changes its own.
+  """
+
+  def close(d: jax.Array | None, x: Any) -> Any:
+    return x if x is None else jnp.zeros_like(x) if d is None else d.astype(x.dtype)
+
   d_hidden, d_unembedding, d_bias = _first_order(gradients)
-  if d_unembedding is not None:
-    d_unembedding = d_unembedding.astype(head.unembedding.dtype)
-  if d_bias is not None and head.bias is not None:
-    d_bias = d_bias.astype(head.bias.dtype)
-  d_head: tuple[Any, ...] = (d_unembedding, d_bias, None, None)
-  return d_hidden, Head(*d_head)
+  constant: Any = None  # softcap and temperature
+  return close(d_hidden, hidden), Head(
+    close(d_unembedding, head.unembedding), close(d_bias, head.bias), constant, constant
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -537,7 +542,7 @@ def _linear_token_log_probs_bwd(tiling, residuals, slopes):
     return jax.tree.map(take, slopes)
 
   _, gradients = sweep(hidden, head, tokens, mask, tiling, of_chunk, zeros)
-  return *_close(gradients, head), None, None
+  return *_close(gradients, hidden, head), None, None
 
 
 _linear_token_log_probs.defvjp(
@@ -564,13 +569,13 @@ def _linear_loss_fwd(tiling, *arguments):
   outputs, gradients = sweep(hidden, head, tokens, rollout.mask, tiling, slopes, zeros)
   d_objective = jax.grad(lambda slots: slots(outputs.log_probs, rollout)[0])(objective)
   loss_and_terms = _evaluate(objective, outputs, rollout)
-  return _first_order(loss_and_terms), (*_close(gradients, head), d_objective)
+  return _first_order(loss_and_terms), (*_close(gradients, hidden, head), d_objective)
 
 
 def _linear_loss_bwd(tiling, residuals, slopes):
   slope, _ = slopes
   if isinstance(slope, SymbolicZero):
-    return None, None, None, None, None
+    slope = jnp.zeros(slope.shape, jnp.float32)
   scaled = jax.tree.map(lambda x: slope.astype(x.dtype) * x, residuals)
   d_hidden, d_head, d_objective = _first_order(scaled)
   return d_hidden, d_head, None, d_objective, None
