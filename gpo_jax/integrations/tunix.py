@@ -28,11 +28,14 @@ def register(name: str, objective: Objective) -> None:
   and `loss_agg_mode` do not reach it. But Tunix runs the reference policy only where the config's
   `beta` is not 0: keep its default for an objective with a divergence, set 0.0 for one without.
 
-  Advantages see all that one rollout call returns, weights what Tunix shows the loss, which is one
-  microbatch. Tunix 0.1.7 averages microbatches: `token_mean` is then a mean of means, and
-  weightings by response are exact only while microbatches hold equally many responses. To have
-  them exact, do not set `train_micro_batch_size`. A Tunix that has `LossOutput` divides sums by
-  sums, and all of `gpo_jax.weightings` are exact but `token_sum`, which is averaged.
+  Advantages see all that one rollout call returns, weights what Tunix shows the loss: one
+  microbatch, or one packed row. Tunix 0.1.7 averages their gradients: `token_mean` is then a mean
+  of means, and weightings by response are exact only while all hold equally many responses; with
+  neither `train_micro_batch_size` nor `max_seq_token_per_tpu` they are exact. A Tunix that has
+  `LossOutput` divides sums by sums: all `gpo_jax.weightings` are exact but `token_sum`, averaged.
+
+  With `num_iterations` above 1, sample at `temperature=1.0`: Tunix 0.1.7 computes old
+  log-probabilities at 1 in its vanilla engine, whatever the temperature of the current ones.
 
   Args:
     name: a name that Tunix does not know yet.
@@ -55,9 +58,7 @@ def register(name: str, objective: Objective) -> None:
   Reference: https://github.com/google/tunix, `tunix.rl.function_registry`.
   """
   if not isinstance(objective, Objective):
-    raise ValueError(
-      f"objective must be an Objective, such as gpo_jax.grpo(); got {objective!r:.60}"
-    )
+    raise ValueError(f"objective must be an Objective, such as grpo(); got {objective!r:.60}")
   _tunix("rl.algo_core")  # registers Tunix's own functions
   registry = _tunix("rl.function_registry")
   for kind in ("policy_loss_fn", "advantage_estimator"):
@@ -103,9 +104,8 @@ def _policy_loss(objective: Objective) -> Callable[..., Any]:
 def _rollout(objective: Objective, example: Any) -> Rollout:
   if objective.divergence is not None and example.ref_per_token_logps is None:
     raise ValueError(
-      "the objective's divergence needs a reference policy, which Tunix leaves out where its own "
-      "beta is 0: pass GRPOConfig(beta=…) any other number (the objective's beta is the one that "
-      "counts), or register an objective with divergence=None and beta=None"
+      "the divergence needs a reference policy, which Tunix leaves out where its own beta is 0: "
+      "give GRPOConfig(beta=…) any other number; the objective's beta is the one that counts"
     )
   mask, segment_ids = example.completion_mask.astype(bool), example.segment_ids
   return Rollout(
