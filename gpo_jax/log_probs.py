@@ -236,7 +236,7 @@ def linear_token_log_probs(
     tokens: the sampled tokens, `[..., T]` integers in [0, V). An id outside gives NaN.
     mask: the tokens that count, `[..., T]`; None for all. The others get 0, and may hold anything.
     temperature: > 0, not differentiable.
-    bias: b, `[V]`; −inf bans a token.
+    bias: b, `[V]`; −inf bans a token, without a softcap.
     softcap: c > 0 for logits c·tanh(logits/c), not differentiable; None for none.
     chunk_size: how many tokens at a time; 4·chunk_size·V bytes are held. 256 if None.
     tile_size: how many entries of the vocabulary at a time; 1024 on CPU, V elsewhere if None.
