@@ -1,4 +1,7 @@
-"""What fills a slot of an objective: a function, made a pytree of the numbers bound to it."""
+"""What fills a slot of an objective: a function, made a pytree of the numbers bound to it.
+
+And what does not: a function that its slot cannot call, and slots that do not go together.
+"""
 
 import functools
 import inspect
@@ -8,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from gpo_jax import _checks
+from gpo_jax import _checks, levels, weightings
 
 _PACKAGE = __name__.partition(".")[0]
 
@@ -26,6 +29,8 @@ _REMEDIES = {
   "entropy_mask": ": pass rollout.replace(factor=entropy_mask(entropy, rollout))",
   "sequence_exact": ": bind the KL, lambda _, log_ratio, rollout: sequence_exact(kl, …)",
 }
+_RESPONSE_LEVELS = (levels.sequence, levels.sequence_sum, levels.geometric)
+_TOKEN_WEIGHTINGS = (weightings.token_mean, weightings.constant_length, weightings.token_sum)
 _TAKE_ARRAYS = ("lengths", "weights")  # of `optimal_baseline` and `decoupled`
 
 
@@ -89,6 +94,23 @@ def check_numbers(name: str, value: Any) -> None:
   elif value is not None and jnp.ndim(value):
     raise ValueError(
       f"{name} must be a scalar; got shape {list(jnp.shape(value))}: sweep it by jax.vmap"
+    )
+
+
+def check_combination(slots: Any) -> None:
+  """Refuses an objective whose slots mean nothing together."""
+  if (slots.divergence is None) != (slots.beta is None):
+    raise ValueError(
+      f"divergence and beta go together; got divergence={describe(slots.divergence)}, "
+      f"beta={describe(slots.beta)}. Give both, or neither for no reference policy"
+    )
+  mixed = slots.level.func in _RESPONSE_LEVELS and slots.weighting.func in _TOKEN_WEIGHTINGS
+  if mixed and not slots.allow_token_weighting:
+    raise ValueError(
+      f"level={describe(slots.level)} gives every token its response's ratio, so that "
+      f"weighting={describe(slots.weighting)} would count a response once per token. Use "
+      "weightings.sequence_mean (GSPO), weightings.sequence_sum (LUSPO) or "
+      "levels.sequence_token, or set allow_token_weighting=True"
     )
 
 

@@ -12,9 +12,17 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from gpo_jax import _checks, _segments, levels, weightings
+from gpo_jax import _checks, _segments
 from gpo_jax._numerics import bound
-from gpo_jax._slots import as_data, as_slot, check_numbers, describe, is_ours, name_of
+from gpo_jax._slots import (
+  as_data,
+  as_slot,
+  check_combination,
+  check_numbers,
+  describe,
+  is_ours,
+  name_of,
+)
 from gpo_jax.advantages import by_group, decoupled
 from gpo_jax.types import (
   Advantage,
@@ -26,9 +34,6 @@ from gpo_jax.types import (
   Terms,
   Weighting,
 )
-
-_RESPONSE_LEVELS = (levels.sequence, levels.sequence_sum, levels.geometric)
-_TOKEN_WEIGHTINGS = (weightings.token_mean, weightings.constant_length, weightings.token_sum)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -97,24 +102,7 @@ class Objective:
       raise ValueError(f"corrections must be a tuple of functions; got {given!r:.60}")
     corrections = tuple(as_slot("corrections", correction) for correction in given)
     object.__setattr__(self, "corrections", corrections)
-    self._check_combination()
-
-  def _check_combination(self) -> None:
-    """Refuses combinations that mean nothing."""
-    if (self.divergence is None) != (self.beta is None):
-      raise ValueError(
-        f"divergence and beta go together; got divergence={describe(self.divergence)}, "
-        f"beta={describe(self.beta)}. Give both, or neither for no reference policy"
-      )
-    slots: Any = self
-    mixed = slots.level.func in _RESPONSE_LEVELS and slots.weighting.func in _TOKEN_WEIGHTINGS
-    if mixed and not self.allow_token_weighting:
-      raise ValueError(
-        f"level={describe(self.level)} gives every token its response's ratio, so that "
-        f"weighting={describe(self.weighting)} would count a response once per token. Use "
-        "weightings.sequence_mean (GSPO), weightings.sequence_sum (LUSPO) or "
-        "levels.sequence_token, or set allow_token_weighting=True"
-      )
+    check_combination(self)
 
   def prepare(
     self,
