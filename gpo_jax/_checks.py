@@ -26,7 +26,7 @@ def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
 def _convert(name: str, value: Any) -> jax.Array | np.ndarray:
   """Makes an array of a dtype that JAX has, if it has one for such values."""
   if value is None:
-    raise ValueError(f"{name} must be an array; got None")
+    raise ValueError(f"{name} must hold real numbers; got None")
   if isinstance(value, jax.Array):
     return value
   try:

@@ -687,9 +687,9 @@ def test_bad_calls():
     with pytest.raises(ValueError, match=r"must be a Rollout.*objective\(log_probs, rollout\)"):
       gpo.grpo()(rollout, given)
   for given, name in (((None, BATCH.mask), "rewards"), ((BATCH.rewards, None), "mask")):
-    with pytest.raises(ValueError, match=f"{name} must be an array; got None"):
+    with pytest.raises(ValueError, match=f"{name} must hold real numbers; got None"):
       gpo.grpo().prepare(*given)
-  with pytest.raises(ValueError, match="log_probs must be an array; got None"):
+  with pytest.raises(ValueError, match="log_probs must hold real numbers; got None"):
     gpo.grpo()(None, rollout)
   with pytest.raises(ValueError, match=r"one value per response, \[4, 4\].*got rewards \[4\]"):
     gpo.grpo().prepare(BATCH.rewards[0], BATCH.mask)

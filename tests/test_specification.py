@@ -286,11 +286,11 @@ BAD_INPUTS = [
   ([1.0] * 4, {}, r"one shape \[N\].*ratios \[\]"),
   ([GOOD[0], ["a", "b"], *GOOD[2:]], {}, "advantages must hold real numbers; got dtype <U1"),
   ([*GOOD[:2], [1j, 1], GOOD[3]], {}, "pi_current must hold real numbers; got dtype complex128"),
-  ([*GOOD[:3], None], {}, "pi_ref must hold real numbers; got dtype object"),
+  ([*GOOD[:3], None], {}, "pi_ref must hold real numbers; got None"),
   ([[[1.0], [1.0, 2.0]], *GOOD[1:]], {}, "ratios must be a rectangular array"),
   (GOOD, {"epsilon": [0.1, 0.2]}, r"epsilon must be a scalar; got shape \[2\]"),
   (GOOD, {"epsilon": "0.2"}, "epsilon must hold real numbers"),
-  (GOOD, {"beta": None}, "beta must hold real numbers"),
+  (GOOD, {"beta": None}, "beta must hold real numbers; got None"),
 ]
 
 
