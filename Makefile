@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Workers for the tests; the doctests and the tests share one run.
 JOBS ?= 2
 
-.PHONY: help setup demo test test-all test-lowest lint types bench notebooks build clean
+.PHONY: help setup demo test test-all test-lowest lint types bench bench-peers notebooks build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -64,8 +64,12 @@ lint: setup  ## Check format and style
 types: setup  ## Check the types
 	$(BIN)/pyrefly check
 
-bench: setup  ## Time the loss beside plain autodiff of the textbook formula
+bench: setup  ## Time and weigh losses beside plain JAX, about 20 minutes; ARGS="--only A", "--quick"
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers:  ## Make the environment of other packages, which `make bench` then times too
+	$(PYTHON) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet chex google-tunix liger-kernel torch trl
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
 	@for notebook in $(wildcard notebooks/*.ipynb); do \
@@ -75,5 +79,5 @@ build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## Remove what was built, the virtual environment included
-	rm -rf $(VENV) .venv-lowest dist build .pytest_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) .venv-lowest .venv-peers dist build .pytest_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
