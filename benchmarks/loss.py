@@ -1,31 +1,16 @@
-"""Loss and gradient from log-probabilities, beside plain autodiff of the textbook formula."""
-
-import functools
+"""A: loss and gradient from log-probabilities, beside plain autodiff of the textbook formula."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import gpo_jax as gpo
-from benchmarks.peers import torch_contestants
-from benchmarks.timing import interleave, table
+from benchmarks import data
 
-SHAPES = [(8, 8, 1024), (64, 8, 2048)]
+TITLE = "A. GRPO loss and gradient from log-probabilities, 30 % padding"
+UNITS = ("textbook, plain autodiff", "gpo_jax")
+SIZES = [{"rows": 64, "tokens": 1024}, {"rows": 512, "tokens": 2048}]
+QUICK = [{"rows": 8, "tokens": 64}]
 PADDING = 0.3
-
-
-def batch(shape: tuple[int, int, int]) -> dict[str, jax.Array]:
-  """Random log-probabilities of a slightly stale sampler, with ragged rows."""
-  rng = np.random.default_rng(0)
-  lengths = rng.uniform(1 - 2 * PADDING, 1, shape[:-1]) * shape[-1]
-  current = rng.normal(-1.5, 0.5, shape)
-  return {
-    "rewards": jnp.asarray(rng.integers(0, 2, shape[:-1]), jnp.float32),
-    "mask": jnp.asarray(np.arange(shape[-1]) < lengths[..., None]),
-    "log_probs": jnp.asarray(current, jnp.float32),
-    "old": jnp.asarray(current + rng.normal(0, 0.1, shape), jnp.float32),
-    "ref": jnp.asarray(current + rng.normal(0, 0.1, shape), jnp.float32),
-  }
 
 
 def textbook(log_probs, old, ref, advantages, mask):
@@ -43,42 +28,37 @@ def floor(log_probs, old, ref, advantages, mask):
   return log_probs + old + ref + advantages * mask
 
 
-def main() -> str:
-  """Times both shapes and returns the tables."""
-  tables = []
-  for shape in SHAPES:
-    data = batch(shape)
-    objective = gpo.grpo()
-    rollout = objective.prepare(
-      data["rewards"], data["mask"], data["old"], ref_log_probs=data["ref"]
-    )
-    plain = (
-      data["log_probs"],
-      data["old"],
-      data["ref"],
-      rollout.advantages,
-      data["mask"].astype(jnp.float32),
-    )
+def loss(log_probs, objective, rollout):
+  return objective(log_probs, rollout)[0]
 
-    def loss(log_probs, objective, rollout):
-      return objective(log_probs, rollout)[0]
 
-    def loss_and_metrics(log_probs, objective, rollout):
-      value, terms = objective(log_probs, rollout)
-      return value, gpo.summarize(terms, rollout)
+def loss_and_metrics(log_probs, objective, rollout):
+  value, terms = objective(log_probs, rollout)
+  return value, gpo.summarize(terms, rollout)
 
-    ours = jax.jit(jax.value_and_grad(loss))
-    with_metrics = jax.jit(jax.value_and_grad(loss_and_metrics, has_aux=True))
-    theirs = jax.jit(jax.value_and_grad(textbook))
-    arguments = (data["log_probs"], objective, rollout)
-    contestants = {
-      "textbook, plain autodiff": functools.partial(theirs, *plain),
-      "gpo_jax": functools.partial(ours, *arguments),
-      "gpo_jax with metrics": functools.partial(with_metrics, *arguments),
-      "floor: read 4 arrays, write 1": functools.partial(jax.jit(floor), *plain),
-      **torch_contestants(plain),
-    }
-    rows, length = shape[0] * shape[1], shape[2]
-    title = f"GRPO loss and gradient, {rows} rows of {length} tokens, float32, 30 % padding"
-    tables.append(table(title, interleave(contestants), "textbook, plain autodiff"))
-  return "\n\n".join(tables)
+
+def grouped(x) -> jax.Array:
+  """Shapes `[rows, …]` as `[prompts, 8, …]`."""
+  return jnp.asarray(x).reshape(-1, 8, *x.shape[1:])
+
+
+def prepare(objective: gpo.Objective, batch: data.Batch) -> gpo.Rollout:
+  """Prepares what an objective needs."""
+  rewards, mask, old, ref = map(grouped, (batch.rewards, batch.mask, batch.old, batch.ref))
+  return objective.prepare(rewards, mask, old, ref_log_probs=ref)
+
+
+def contestants(size: data.Size) -> dict:
+  """Gives functions and their arguments, by name."""
+  batch = data.batch(size, PADDING)
+  objective = gpo.grpo()
+  ours = (grouped(batch.log_probs), objective, prepare(objective, batch))
+  mask = batch.mask.astype("float32")
+  arrays = (batch.log_probs, batch.old, batch.ref, batch.advantages[:, None], mask)
+  plain = tuple(map(jnp.asarray, arrays))
+  return {
+    "textbook, plain autodiff": (jax.value_and_grad(textbook), plain),
+    "gpo_jax": (jax.value_and_grad(loss), ours),
+    "gpo_jax with metrics": (jax.value_and_grad(loss_and_metrics, has_aux=True), ours),
+    "floor: read 4 arrays, write 1": (floor, plain),
+  }

@@ -1,42 +1,68 @@
-"""Times functions side by side: interleaved rounds in one process, medians."""
+"""Times functions side by side: interleaved rounds, medians."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
+Clock = Callable[[], float]
 
-def interleave(
-  contestants: Mapping[str, Callable[[], object]], seconds: float = 20.0, least: int = 7
-) -> dict[str, float]:
-  """Calls each contestant in turn, round after round, and returns their median times in seconds.
+
+def clock(run: Callable[[], Any]) -> float:
+  """Runs to the end and gives the seconds."""
+  before = time.perf_counter()
+  jax.block_until_ready(run())
+  return time.perf_counter() - before
+
+
+def compiled(function: Callable, arguments: tuple) -> tuple[Clock, dict[str, float]]:
+  """Compiles, and gives a clock of it and what the compiler says of it."""
+  before = time.perf_counter()
+  executable = jax.jit(function).lower(*arguments).compile()
+  seconds = time.perf_counter() - before
+  memory = executable.memory_analysis()
+  costs = {
+    "compile_seconds": seconds,
+    "temporary_bytes": memory.temp_size_in_bytes,
+    "output_bytes": memory.output_size_in_bytes,
+  }
+  # Called through `jit`: an executable's own call has an overhead that small ones would show.
+  return functools.partial(clock, functools.partial(jax.jit(function), *arguments)), costs
+
+
+def interleave(clocks: Mapping[str, Clock], seconds: float, least: int) -> dict[str, list[float]]:
+  """Runs each in turn, round after round, and returns the seconds of all their runs.
 
   Args:
-    contestants: functions of no argument, by name; each returns JAX arrays or something finished.
+    clocks: functions that run something once and return its seconds, by name.
     seconds: how long to go on, warm-up not counted.
     least: how many rounds there are at least.
 
   Returns:
-    The median time of each.
+    The seconds of each, one per round.
   """
-  for run in contestants.values():
-    for _ in range(3):
-      jax.block_until_ready(run())
-  times = {name: [] for name in contestants}
-  start = time.perf_counter()
-  while time.perf_counter() - start < seconds or len(times[next(iter(times))]) < least:
-    for name, run in contestants.items():
-      before = time.perf_counter()
-      jax.block_until_ready(run())
-      times[name].append(time.perf_counter() - before)
-  return {name: statistics.median(values) for name, values in times.items()}
+  for run in clocks.values():
+    run()
+  times: dict[str, list[float]] = {name: [] for name in clocks}
+  start, rounds = time.perf_counter(), 0
+  while time.perf_counter() - start < seconds or rounds < least:
+    for name, run in clocks.items():
+      times[name].append(run())
+    rounds += 1
+  return times
 
 
-def table(title: str, times: Mapping[str, float], unit: str) -> str:
-  """Lays out times as Markdown, each beside its ratio to the contestant named `unit`."""
-  rows = [f"### {title}", "", f"| contestant | median | of {unit} |", "|---|---|---|"]
-  rows += [
-    f"| {name} | {1e3 * time:.3f} ms | {time / times[unit]:.2f} |" for name, time in times.items()
-  ]
-  return "\n".join(rows)
+def medians(times: Mapping[str, list[float]], units: tuple[str, ...]) -> dict[str, dict]:
+  """Gives for each its median time and its ratio to those of `units`."""
+  middle = {name: statistics.median(values) for name, values in times.items()}
+  return {
+    name: {
+      "seconds": value,
+      "ratios": {unit: value / middle[unit] for unit in units},
+      "rounds": len(times[name]),
+    }
+    for name, value in middle.items()
+  }
