@@ -665,7 +665,10 @@ def bad_rollouts():
     ({"segment_ids": jnp.ones((4, 4), int)}, r"segment_ids must have .*\[4, 4\]"),
     ({"factor": jnp.ones(3)}, r"factor must have .*factor \[3\]"),
     ({"mask": jnp.ones((4, 4, 6), complex)}, "mask must hold real numbers"),
-    *(({name: None}, f"{name} must be .*got None") for name in ("advantages", "mask", "weights")),
+    *(
+      ({name: None}, f"{name} must hold real numbers; got None")
+      for name in ("advantages", "mask", "weights")
+    ),
   ]
 
 
