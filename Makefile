@@ -64,7 +64,7 @@ lint: setup  ## Check format and style
 types: setup  ## Check the types
 	$(BIN)/pyrefly check
 
-bench: setup  ## Time and weigh losses beside plain JAX, about 20 minutes; ARGS="--only A", "--quick"
+bench: setup  ## Time and weigh losses beside plain JAX, half an hour; ARGS="--only A", "--quick"
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-peers:  ## Make the environment of other packages, which `make bench` then times too
