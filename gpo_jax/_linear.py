@@ -1,4 +1,8 @@
-"""Loops over chunks of tokens and tiles of the vocabulary: no `[tokens, vocab]` but one chunk's."""
+"""Loops over chunks of tokens and tiles of the vocabulary: no `[tokens, vocab]` but one chunk's.
+
+A chunk's logits are `[V, ..., C]`, the vocabulary first: a tile of them is one piece of memory, and
+the unembedding's gradient, the one that is added up in memory, needs no transposed operand.
+"""
 
 import functools
 from collections.abc import Callable
@@ -64,7 +68,10 @@ class _Chunks:
     self.size = max(1, min(self.length, tiling.chunk_size // rows))
     self.count = -(-self.length // self.size)
     if self.compact:
-      self.order = jnp.flatnonzero(mask, size=self.count * self.size, fill_value=self.length)
+      rank = jnp.cumsum(mask.reshape(-1), dtype=jnp.int32) - 1
+      order = jnp.full(self.count * self.size, self.length)
+      index = jnp.where(mask.reshape(-1), rank, order.size)
+      self.order = order.at[index].set(jnp.arange(self.length), mode="drop")
       self.count = -(-jnp.sum(mask.astype(jnp.int32)) // self.size)
 
   def _start(self, i: Any) -> jax.Array:
@@ -107,16 +114,16 @@ def _over_tiles(vocabulary: int, size: int, step: Callable, carry: Any) -> Any:
   return step(whole * size, rest, carry) if rest else carry
 
 
-def _cut(x: jax.Array, start: Any, size: int, axis: int = 0) -> jax.Array:
-  if x.shape[axis] == size:  # A slice of a sharded axis would gather it.
+def _cut(x: jax.Array, start: Any, size: int) -> jax.Array:
+  if x.shape[0] == size:  # A slice of a sharded axis would gather it.
     return x
-  return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+  return jax.lax.dynamic_slice_in_dim(x, start, size)
 
 
-def _paste(x: jax.Array, tile: jax.Array, start: Any, axis: int = 0) -> jax.Array:
-  if x.shape[axis] == tile.shape[axis]:
+def _paste(x: jax.Array, tile: jax.Array, start: Any) -> jax.Array:
+  if x.shape == tile.shape:
     return tile
-  return jax.lax.dynamic_update_slice_in_dim(x, tile, start, axis)
+  return jax.lax.dynamic_update_slice_in_dim(x, tile, start, 0)
 
 
 def is_explicit(x: jax.Array) -> bool:
@@ -151,23 +158,21 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array, like: jax.Array | None = N
 
 def all_logits(hidden: jax.Array, head: Head) -> jax.Array:
   """Forms the logits, `[..., V]`."""
-  return _logits(hidden, head, 0, head.unembedding.shape[0])
+  return jnp.moveaxis(_logits(hidden, head, 0, head.unembedding.shape[0]), 0, -1)
 
 
 def _logits(hidden: jax.Array, head: Head, start: Any, size: int) -> jax.Array:
-  logits = _dot("...h,vh->...v", hidden, _cut(head.unembedding, start, size))
+  logits = _dot("vh,...h->v...", _cut(head.unembedding, start, size), hidden)
   if head.bias is not None:
     bias = _cut(head.bias, start, size).astype(logits.dtype)
-    logits += jnp.expand_dims(bias, range(logits.ndim - 1))
+    logits += jnp.expand_dims(bias, range(1, logits.ndim))
   if head.softcap is not None:
     logits = head.softcap * jnp.tanh(logits / head.softcap)
   return logits / head.temperature
 
 
 def _is_token(tokens: jax.Array, start: Any, size: int) -> jax.Array:
-  return jnp.expand_dims(tokens - start, -1) == jnp.expand_dims(
-    jnp.arange(size), range(tokens.ndim)
-  )
+  return (tokens - start)[None] == jnp.expand_dims(jnp.arange(size), range(1, 1 + tokens.ndim))
 
 
 class _Seen(NamedTuple):
@@ -180,17 +185,16 @@ class _Seen(NamedTuple):
 
   def add(self, logits: jax.Array, is_token: jax.Array) -> "_Seen":
     """Takes in a tile."""
-    largest = jnp.maximum(self.largest, jnp.max(logits, axis=-1))
+    largest = jnp.maximum(self.largest, jnp.max(logits, axis=0))
     shrink = jnp.exp(self.largest - largest)
-    x = logits - jnp.expand_dims(largest, -1)
+    x = logits - largest[None]
     power = jnp.exp(x)
-    excess = jnp.sum(jnp.where(power > 0, x * power, 0), axis=-1)  # −inf · 0 of a banned token
-    target = jnp.sum(jnp.where(is_token, logits, 0), axis=-1)
+    excess = jnp.sum(jnp.where(power > 0, x * power, 0), axis=0)  # −inf · 0 of a banned token
     return _Seen(
       largest,
-      shrink * self.total + jnp.sum(power, axis=-1),
+      shrink * self.total + jnp.sum(power, axis=0),
       shrink * (self.excess + (self.largest - largest) * self.total) + excess,
-      jnp.where(jnp.any(is_token, axis=-1), target, self.target),
+      self.target + jnp.sum(jnp.where(is_token, logits, 0), axis=0),
     )
 
 
@@ -206,11 +210,11 @@ def _look(
     seen = seen.add(logits, _is_token(tokens, start, size))
     if size == vocabulary:
       return seen, logits
-    return seen, None if buffer is None else _paste(buffer, logits, start, logits.ndim - 1)
+    return seen, None if buffer is None else _paste(buffer, logits, start)
 
   zero = jnp.zeros_like(tokens, head.temperature.dtype)
-  # A target that no tile has, an id outside the vocabulary, stays NaN.
-  seen = _Seen(zero + jnp.finfo(zero.dtype).min / 2, zero, zero, zero + jnp.nan)
+  target = jnp.where((tokens >= 0) & (tokens < vocabulary), zero, jnp.nan)
+  seen = _Seen(zero + jnp.finfo(zero.dtype).min / 2, zero, zero, target)
   return _over_tiles(vocabulary, tile_size, step, (seen, buffer))
 
 
@@ -222,12 +226,12 @@ def _slope(
 
   Of a log-probability it is 1 − p at the token, −p elsewhere; of the entropy, −p (log p + H).
   """
-  log_probs = logits - jnp.expand_dims(log_total, -1)
-  probs, slope = jnp.exp(log_probs), jnp.expand_dims(slopes.log_probs, -1)
+  log_probs = logits - log_total[None]
+  probs, slope = jnp.exp(log_probs), slopes.log_probs[None]
   share = slope
   if slopes.entropy is not None:
-    surprise = jnp.where(probs > 0, log_probs, 0) + jnp.expand_dims(entropy, -1)
-    share += jnp.expand_dims(slopes.entropy, -1) * surprise
+    surprise = jnp.where(probs > 0, log_probs, 0) + entropy[None]
+    share += slopes.entropy[None] * surprise
   slope = (jnp.where(is_token, slope, 0) - probs * share) / head.temperature
   if head.softcap is not None:
     slope *= 1 - (logits * head.temperature / head.softcap) ** 2
@@ -245,13 +249,13 @@ def _accumulate(
     d_hidden, d_unembedding, d_bias = gradients
     if d_hidden is not None:
       rows = _cut(head.unembedding, start, size)
-      d_hidden += _dot("...v,vh->...h", slope.astype(dtype), rows, d_hidden)
+      d_hidden += _dot("v...,vh->...h", slope.astype(dtype), rows, d_hidden)
     if d_unembedding is not None:
       tile = _cut(d_unembedding, start, size)
-      tile += _dot("...v,...h->vh", slope.astype(dtype), hidden, tile)
+      tile += _dot("v...,...h->vh", slope.astype(dtype), hidden, tile)
       d_unembedding = _paste(d_unembedding, tile, start)
     if d_bias is not None:
-      tile = _cut(d_bias, start, size) + jnp.sum(slope, axis=range(slope.ndim - 1))
+      tile = _cut(d_bias, start, size) + jnp.sum(slope, axis=range(1, slope.ndim))
       d_bias = _paste(d_bias, tile, start)
     return Gradients(d_hidden, d_unembedding, d_bias)
 
@@ -286,8 +290,8 @@ def sweep(
   zero = jnp.zeros_like(tokens, dtype)
   buffer, wanted = None, wanted or Gradients(None, None, None)
   if slopes is not None and tiling.tile_size < head.unembedding.shape[0]:
-    few = jnp.zeros_like(chunks.take(hidden, 0)[..., :1], dtype)
-    buffer = jnp.broadcast_to(few, (*few.shape[:-1], head.unembedding.shape[0]))
+    row = jnp.zeros_like(chunks.take(tokens, 0), dtype)
+    buffer = jnp.broadcast_to(row, (head.unembedding.shape[0], *row.shape))
 
   def of_chunk(i: jax.Array, carry: tuple) -> tuple:
     log_probs, gradients, buffer = carry
@@ -307,7 +311,7 @@ def sweep(
     slope = jax.tree.map(lambda x: jnp.where(active, x, 0).astype(dtype), slope)
 
     def slope_of(start: Any, size: int) -> jax.Array:
-      z, is_token = _cut(logits, start, size, logits.ndim - 1), _is_token(y, start, size)
+      z, is_token = _cut(logits, start, size), _is_token(y, start, size)
       return _slope(z, log_total, entropy, slope, head, is_token)
 
     rows = jax.tree.map(lambda _: jnp.zeros_like(h, dtype), gradients.hidden)

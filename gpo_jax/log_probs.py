@@ -238,8 +238,8 @@ def linear_token_log_probs(
     temperature: > 0, not differentiable.
     bias: b, `[V]`; −inf bans a token, without a softcap.
     softcap: c > 0 for logits c·tanh(logits/c), not differentiable; None for none.
-    chunk_size: how many tokens at a time; 4·chunk_size·V bytes are held. 256 if None.
-    tile_size: how many entries of the vocabulary at a time; 1024 on CPU, V elsewhere if None.
+    chunk_size: how many tokens at a time; 4·chunk_size·V bytes are held. 512 if None.
+    tile_size: how many entries of the vocabulary at a time; 2048 on CPU, V elsewhere if None.
     compact: whether to skip masked tokens by gathering the others; on CPU if None.
 
   Returns:
@@ -429,8 +429,8 @@ def _tiling(
   if compact and sharded:
     raise ValueError("compact must be False on a mesh with Explicit axes, where tokens stay put")
   return Tiling(
-    chunk_size=chunk_size or 256,
-    tile_size=min(tile_size or (vocabulary if simple else 1024), vocabulary),
+    chunk_size=chunk_size or 512,
+    tile_size=min(tile_size or (vocabulary if simple else 2048), vocabulary),
     compact=not simple if compact is None else bool(compact),
   )
 
@@ -567,8 +567,9 @@ def _linear_loss_fwd(tiling, *arguments):
     return Slopes(jax.grad(lambda x: objective(x, rollout)[0])(outputs.log_probs), None)
 
   outputs, gradients = sweep(hidden, head, tokens, rollout.mask, tiling, slopes, zeros)
-  d_objective = jax.grad(lambda slots: slots(outputs.log_probs, rollout)[0])(objective)
-  loss_and_terms = _evaluate(objective, outputs, rollout)
+  loss_and_terms, d_objective = jax.value_and_grad(
+    lambda slots: _evaluate(slots, outputs, rollout), has_aux=True
+  )(objective)
   return _first_order(loss_and_terms), (*_close(gradients, hidden, head), d_objective)
 
 
