@@ -239,7 +239,7 @@ def linear_token_log_probs(
     bias: b, `[V]`; −inf bans a token, without a softcap.
     softcap: c > 0 for logits c·tanh(logits/c), not differentiable; None for none.
     chunk_size: how many tokens at a time; 4·chunk_size·V bytes are held. 512 if None.
-    tile_size: how many entries of the vocabulary at a time; 2048 on CPU, V elsewhere if None.
+    tile_size: how many entries of the vocabulary at a time; 1024 on CPU, V elsewhere if None.
     compact: whether to skip masked tokens by gathering the others; on CPU if None.
 
   Returns:
@@ -430,7 +430,7 @@ def _tiling(
     raise ValueError("compact must be False on a mesh with Explicit axes, where tokens stay put")
   return Tiling(
     chunk_size=chunk_size or 512,
-    tile_size=min(tile_size or (vocabulary if simple else 2048), vocabulary),
+    tile_size=min(tile_size or (vocabulary if simple else 1024), vocabulary),
     compact=not simple if compact is None else bool(compact),
   )
 
