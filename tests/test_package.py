@@ -1,24 +1,21 @@
 """The package as a stranger meets it: the wheel installed elsewhere, the import, the README."""
 
 import ast
-import contextlib
 import inspect
-import io
 import pathlib
 import re
 import subprocess
 import sys
 import zipfile
 
-import jax
 import pytest
 
 import gpo_jax
 from tests.batches import PRESETS
+from tests.blocks import blocks_of, printed_and_written
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```(?:\n+```text\n(.*?)```)?", README, re.DOTALL)
 
 
 def run(*command, **kwargs):
@@ -71,14 +68,9 @@ def test_the_changelog_knows_the_version():
 
 @pytest.mark.filterwarnings("default")
 def test_the_readmes_python_blocks_print_what_they_say():
-  assert BLOCKS
-  namespace = {}  # one session: later blocks use what earlier ones defined
-  for code, expected in BLOCKS:
-    output = io.StringIO()
-    users = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
-    with contextlib.redirect_stdout(output), users[0], users[1]:
-      exec(compile(code, "README.md", "exec"), namespace)
-    assert output.getvalue().strip() == expected.strip()
+  assert blocks_of(ROOT / "README.md")
+  for printed, written in printed_and_written(ROOT / "README.md"):
+    assert printed == written
 
 
 def preset_row(name):

@@ -1,0 +1,49 @@
+"""The pages of the documentation: their code prints what they say, their names and links exist."""
+
+import pathlib
+import pkgutil
+import re
+
+import pytest
+
+from tests.blocks import blocks_of, printed_and_written
+
+PAGES = sorted((pathlib.Path(__file__).parent.parent / "docs").glob("*.md"))
+GUIDE = ("migrating", "numerics", "semantics")
+
+
+def pages(paths):
+  return pytest.mark.parametrize("page", paths, ids=[page.stem for page in paths])
+
+
+def test_the_guide_has_code():
+  with_code = {page.stem for page in PAGES if blocks_of(page)}
+  assert with_code.issuperset(GUIDE)
+
+
+@pages([page for page in PAGES if blocks_of(page)])
+@pytest.mark.filterwarnings("default")
+def test_python_blocks_print_what_they_say(page):
+  for printed, written in printed_and_written(page):
+    assert printed == written
+
+
+@pages(PAGES)
+def test_a_text_block_follows_a_python_block(page):
+  text = page.read_text()
+  assert text.count("\n```text\n") == sum(bool(expected) for _, expected in blocks_of(page))
+
+
+@pages(PAGES)
+def test_names_are_public(page):
+  for target in re.findall(r"\{py:\w+\}`~?([\w.]+)`", page.read_text()):
+    assert target.startswith("gpo_jax."), target
+    assert "._" not in target, target
+    pkgutil.resolve_name(target)
+
+
+@pages(PAGES)
+def test_links_exist(page):
+  for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
+    found = page.parent / link
+    assert found.exists() or found.with_suffix(".ipynb").exists(), link
