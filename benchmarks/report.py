@@ -40,7 +40,7 @@ def measured(result: dict) -> str:
   header = ["contestant", "median", *units, "compile s", *columns.values()]
   least = min(row["rounds"] for row in rows)
   parts = [
-    f"### {result['title']}",
+    f"## {result['title']}",
     f"{size}, float32; {least} rounds.",
     table(header, [_line(row, list(columns)) for row in rows]),
     MEMORY if "peak_bytes" in columns else "",
@@ -61,4 +61,4 @@ def accuracy(rows: list[dict]) -> str:
     ]
     for row in rows
   ]
-  return "### D. e^d − d − 1 in float32 against float64\n\n" + table(header, lines)
+  return "## D. e^d − d − 1 in float32 against float64\n\n" + table(header, lines)

@@ -97,7 +97,7 @@ def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
 
 
 def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes the size of the log-ratio: |δ|.
+  """Takes the size of the log-ratio: `|δ|`.
 
   On-policy its gradient is that of twice the total variation distance between π and π_ref.
 
@@ -107,7 +107,7 @@ def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -
     rollout: not used.
 
   Returns:
-    |δ|.
+    `|δ|`.
 
   Example:
     >>> print(absolute(jnp.array([-0.5]), None, None))

@@ -21,18 +21,19 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
 
   Returns:
     Scalars by name, 0 for a batch without a token. ρ is at the objective's level.
-      `loss`, `surrogate`, `divergence`: weighted sums over tokens, like the loss.
-      `clip_fraction`: tokens whose surrogate has slope 0 although A ≠ 0: `clip_fraction_low` with
-        ρ ≤ 1, `clip_fraction_high` with ρ > 1. What a level or a correction holds back, and CISPO's
-        weights, do not count here.
-      `ratio_mean`, `ratio_max`, `ratio_min`: of ρ over tokens.
-      `effective_sample_size`: (Σρ)²/(NΣρ²), in (0, 1].
-      `old_kl`: an estimate of KL(π_old‖π), in nats per token.
-      `bounded_fraction`: tokens with |log ρ| at the bound of 20.
-      `zero_advantage_fraction`: tokens with A = 0.
-      `factor_mean`, `dropped_fraction`: of the corrections' factor, and of factors that are 0.
-      `entropy`: in nats per token, where `terms.entropy` has it.
-      `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token, where both are known.
+
+    - `loss`, `surrogate`, `divergence`: weighted sums over tokens, like the loss.
+    - `clip_fraction`: tokens whose surrogate has slope 0 although A ≠ 0: `clip_fraction_low` with
+      ρ ≤ 1, `clip_fraction_high` with ρ > 1. What a level or a correction holds back, and CISPO's
+      weights, do not count here.
+    - `ratio_mean`, `ratio_max`, `ratio_min`: of ρ over tokens.
+    - `effective_sample_size`: (Σρ)²/(NΣρ²), in (0, 1].
+    - `old_kl`: an estimate of KL(π_old‖π), in nats per token.
+    - `bounded_fraction`: tokens with log ρ at the bound of ±20.
+    - `zero_advantage_fraction`: tokens with A = 0.
+    - `factor_mean`, `dropped_fraction`: of the corrections' factor, and of factors that are 0.
+    - `entropy`: in nats per token, where `terms.entropy` has it.
+    - `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token, where both are known.
 
   Raises:
     ValueError: for what is no `Terms`, and where the rollout does not fit the terms.

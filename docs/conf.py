@@ -1,0 +1,39 @@
+"""The documentation's settings: `make docs`."""
+
+from sphinx.application import Sphinx
+
+import gpo_jax
+
+project = "gpo_jax"
+author = "The gpo_jax authors"
+release = version = gpo_jax.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+default_role = "py:obj"  # `name` in docstrings: a link where there is such a name
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # docstrings give shapes and ranges
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with their outputs
+html_theme = "furo"
+html_title = f"gpo_jax {release}"
+html_show_sphinx = False
+html_copy_source = False
+
+
+def keep_equations(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list):
+  """Marks the equations of docstrings, indented by four, as text to be left alone."""
+  section, result = False, []
+  for i, line in enumerate(lines):
+    section = section or line in ("Args:", "Attributes:", "Returns:", "Raises:", "Example:")
+    starts = line.startswith("    ") and i and not lines[i - 1]
+    if starts and not section:
+      result += ["::", ""]
+    result.append(line)
+  lines[:] = result
+
+
+def setup(app: Sphinx) -> None:
+  app.connect("autodoc-process-docstring", keep_equations, priority=0)
