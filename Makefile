@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Workers for the tests; the doctests and the tests share one run.
 JOBS ?= 2
 
-.PHONY: help setup demo test test-all test-lowest lint types bench bench-peers notebooks build clean
+.PHONY: help setup demo test test-all test-lowest lint types bench bench-peers notebooks docs build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -27,8 +27,12 @@ $(VENV)/.notebooks: $(VENV)/.complete
 	$(BIN)/python -m pip install --quiet --editable ".[notebooks]"
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.complete
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
+
 $(VENV)/.clients: $(VENV)/.complete
-	$(BIN)/python -m pip install --quiet --editable ".[examples,tunix]"
+	$(BIN)/python -m pip install --quiet --editable ".[examples,notebooks,docs,tunix]"
 	@touch $@
 
 # The floors of the dependencies and of the demo's, read from pyproject.toml.
@@ -72,12 +76,14 @@ bench-peers:  ## Make the environment of other packages, which `make bench` then
 	.venv-peers/bin/python -m pip install --quiet chex google-tunix liger-kernel torch trl
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
-	@for notebook in $(wildcard notebooks/*.ipynb); do \
-	  $(BIN)/jupyter nbconvert --execute --inplace --to notebook $$notebook || exit 1; done
+	$(BIN)/jupyter nbconvert --execute --inplace --to notebook notebooks/*.ipynb
+
+docs: $(VENV)/.docs  ## Build the documentation, docs/_build/index.html; warnings are errors
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build
 
 build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## Remove what was built, the virtual environment included
-	rm -rf $(VENV) .venv-lowest .venv-peers dist build .pytest_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) .venv-lowest .venv-peers dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,14 @@
 """The documentation's settings: `make docs`."""
 
+import pathlib
+import shutil
+
 from sphinx.application import Sphinx
 
 import gpo_jax
+
+HERE = pathlib.Path(__file__).parent
+shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
 
 project = "gpo_jax"
 author = "The gpo_jax authors"
@@ -36,4 +42,5 @@ def keep_equations(app: Sphinx, what: str, name: str, obj: object, options: obje
 
 
 def setup(app: Sphinx) -> None:
+  """Called by Sphinx."""
   app.connect("autodoc-process-docstring", keep_equations, priority=0)

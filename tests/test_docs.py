@@ -1,14 +1,18 @@
 """The pages of the documentation: their code prints what they say, their names and links exist."""
 
+import inspect
 import pathlib
 import pkgutil
 import re
 
 import pytest
 
+import gpo_jax
 from tests.blocks import blocks_of, printed_and_written
 
-PAGES = sorted((pathlib.Path(__file__).parent.parent / "docs").glob("*.md"))
+ROOT = pathlib.Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
 GUIDE = ("migrating", "numerics", "semantics")
 
 
@@ -45,5 +49,16 @@ def test_names_are_public(page):
 @pages(PAGES)
 def test_links_exist(page):
   for link in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
-    found = page.parent / link
-    assert found.exists() or found.with_suffix(".ipynb").exists(), link
+    notebook = (ROOT / link).with_suffix(".ipynb")  # which the site's build copies
+    assert (page.parent / link).exists() or notebook.exists(), link
+
+
+def test_every_public_name_has_its_place_in_the_reference():
+  reference = "\n".join(page.read_text() for page in (DOCS / "api").glob("*.md"))
+  whole = set(re.findall(r"automodule:: (\S+)\n   :members:\n", reference))
+  listed = set(re.findall(r"auto(?:function|class):: (\w+)", reference))
+  for name in dir(gpo_jax):
+    if not name.startswith("_") and not inspect.ismodule(getattr(gpo_jax, name)):
+      assert name in listed, name
+  for module in ("advantages", "corrections", "divergences", "levels", "surrogates", "weightings"):
+    assert f"gpo_jax.{module}" in whole
