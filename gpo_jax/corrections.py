@@ -153,10 +153,9 @@ def off_policy_sequence_mask(
   return _drop(dropped, drift, threshold)
 
 
-def _away(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
-  """Where the surrogate's gradient would move π further away from μ."""
-  advantages = with_token_axis(rollout.advantages, log_probs)
-  drift = log_probs - _behaviour(log_probs, rollout)
+def _away(drift: jax.Array, rollout: Rollout) -> jax.Array:
+  """Where the surrogate's gradient would move π further away from μ; drift is log π/μ."""
+  advantages = with_token_axis(rollout.advantages, drift)
   return ((advantages > 0) & (drift > 0)) | ((advantages < 0) & (drift < 0))
 
 
@@ -183,9 +182,9 @@ def total_variation_mask(
 
   Reference: DPPO (2026), arXiv:2602.04879, the binary total variation form.
   """
-  moved = jnp.abs(jnp.exp(log_probs) - jnp.exp(_behaviour(log_probs, rollout)))
-  drift = log_probs - _behaviour(log_probs, rollout)
-  return _drop(_away(log_probs, rollout) & (moved > threshold), drift, threshold)
+  old = _behaviour(log_probs, rollout)
+  moved, drift = jnp.abs(jnp.exp(log_probs) - jnp.exp(old)), log_probs - old
+  return _drop(_away(drift, rollout) & (moved > threshold), drift, threshold)
 
 
 def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric) -> jax.Array:
@@ -213,8 +212,9 @@ def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Nu
   # log(1 − e^x): a token of probability 1 leaves nothing for the others, and 0·log 0 is 0.
   tiny = jnp.finfo(log_probs.dtype).tiny
   rest, old_rest = (jnp.maximum(-jnp.expm1(x), tiny) for x in (log_probs, old))
-  kl = jnp.exp(old) * (old - log_probs) + old_rest * (jnp.log(old_rest) - jnp.log(rest))
-  return _drop(_away(log_probs, rollout) & (kl > threshold), old - log_probs, threshold)
+  drift = log_probs - old
+  kl = old_rest * (jnp.log(old_rest) - jnp.log(rest)) - jnp.exp(old) * drift
+  return _drop(_away(drift, rollout) & (kl > threshold), drift, threshold)
 
 
 def _response_log_ratio(log_probs: jax.Array, rollout: Rollout) -> jax.Array:

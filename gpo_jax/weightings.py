@@ -60,8 +60,8 @@ def sequence_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.
     [[0.25 0.25]
      [0.5  0.  ]]
 
-  Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, Eq. 3. TRL, EasyDeL and MaxText count empty
-  responses; here, as in Tunix and verl, they are not counted.
+  Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, Eq. 3. TRL, verl's trainer, EasyDeL and
+  MaxText count empty responses; here, as in Tunix, they are not counted.
   """
   active, segment_ids = _inputs(mask, segment_ids)
   lengths = jnp.maximum(_segments.total(active, segment_ids), 1)
