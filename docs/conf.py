@@ -15,6 +15,9 @@ author = "The gpo_jax authors"
 release = version = gpo_jax.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
+extensions += ["sphinxcontrib.katex"]  # which brings its script along: no network to read the site
+katex_options = '{output: "mathml"}'  # set by the browser, with its own fonts
+katex_css_path = "katex-math.css"
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 default_role = "py:obj"  # `name` in docstrings: a link where there is such a name
 autodoc_member_order = "bysource"
@@ -23,6 +26,8 @@ autodoc_typehints = "none"  # docstrings give shapes and ranges
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are committed with their outputs
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 html_theme = "furo"
 html_title = f"gpo_jax {release}"
 html_show_sphinx = False
