@@ -78,8 +78,8 @@ bench-peers:  ## Make the environment of other packages, which `make bench` then
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --execute --inplace --to notebook notebooks/*.ipynb
 
-docs: $(VENV)/.docs  ## Build the documentation, docs/_build/index.html; warnings are errors
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build
+docs: $(VENV)/.docs  ## Build the documentation, docs/_build/html/index.html; warnings are errors
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
 
 build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation

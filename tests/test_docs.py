@@ -4,6 +4,8 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -62,3 +64,11 @@ def test_every_public_name_has_its_place_in_the_reference():
       assert name in listed, name
   for module in ("advantages", "corrections", "divergences", "levels", "surrogates", "weightings"):
     assert f"gpo_jax.{module}" in whole
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+  pytest.importorskip("myst_nb")
+  command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going"]
+  done = subprocess.run([*command, DOCS, tmp_path / "html"], capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
