@@ -48,7 +48,7 @@ def test_a_workload(tmp_path, workload, unit):
   (result,) = output["results"]
   assert result["workload"] == workload
   check_rows(result, unit)
-  assert stdout.count("### ") == 1
+  assert stdout.count("\n## ") == 1
   for row in result["rows"]:
     assert f"| {row['contestant']} |" in stdout
   assert "Not run: peers (no environment; `make bench-peers` makes it)" in stdout
