@@ -68,11 +68,12 @@ class _Chunks:
     self.size = max(1, min(self.length, tiling.chunk_size // rows))
     self.count = -(-self.length // self.size)
     if self.compact:
-      rank = jnp.cumsum(mask.reshape(-1), dtype=jnp.int32) - 1
+      counts = self._flat(mask)
+      rank = jnp.cumsum(counts, dtype=jnp.int32) - 1
       order = jnp.full(self.count * self.size, self.length)
-      index = jnp.where(mask.reshape(-1), rank, order.size)
+      index = jnp.where(counts, rank, order.size)
       self.order = order.at[index].set(jnp.arange(self.length), mode="drop")
-      self.count = -(-jnp.sum(mask.astype(jnp.int32)) // self.size)
+      self.count = -(-jnp.sum(counts.astype(jnp.int32)) // self.size)
 
   def _start(self, i: Any) -> jax.Array:
     return jnp.minimum(i * self.size, self.length - self.size)
@@ -96,12 +97,17 @@ class _Chunks:
     fresh = self._start(i) + jnp.arange(self.size) >= i * self.size
     return self.take(self.mask, i) & jnp.expand_dims(fresh, range(self.axis))
 
-  def add(self, total: jax.Array, x: jax.Array, i: Any) -> jax.Array:
-    """Adds chunk i, 0 at tokens that are not active, to its places, which still hold 0."""
-    if self.compact:
-      return self._flat(total).at[self._tokens(i)].set(x, mode="drop").reshape(total.shape)
-    x += self.take(total, i)
-    return jax.lax.dynamic_update_slice_in_dim(total, x, self._start(i), self.axis)
+  def add(self, totals: Any, chunks: Any, i: Any) -> Any:
+    """Adds chunks i, 0 at tokens that are not active, to their places, which still hold 0."""
+
+    def add(total: jax.Array, x: jax.Array) -> jax.Array:
+      x = x.astype(total.dtype)
+      if self.compact:
+        return self._flat(total).at[self._tokens(i)].set(x, mode="drop").reshape(total.shape)
+      x += self.take(total, i)
+      return jax.lax.dynamic_update_slice_in_dim(total, x, self._start(i), self.axis)
+
+    return jax.tree.map(add, totals, chunks)
 
 
 def _over_tiles(vocabulary: int, size: int, step: Callable, carry: Any) -> Any:
@@ -197,6 +203,15 @@ class _Seen(NamedTuple):
       self.target + jnp.sum(jnp.where(is_token, logits, 0), axis=0),
     )
 
+  def outputs(self) -> TokenLogProbs:
+    """Gives what is known once every tile was seen."""
+    entropy = jnp.log(self.total) - self.excess / self.total
+    return TokenLogProbs(self.target - self.log_total(), entropy)
+
+  def log_total(self) -> jax.Array:
+    """Gives log Σ e^z."""
+    return self.largest + jnp.log(self.total)
+
 
 def _look(
   hidden: jax.Array, tokens: jax.Array, head: Head, tile_size: int, buffer: jax.Array | None
@@ -219,18 +234,17 @@ def _look(
 
 
 def _slope(
-  logits: jax.Array, log_total: jax.Array, entropy: jax.Array, slopes: Slopes, head: Head,
-  is_token: jax.Array,
-) -> jax.Array:  # fmt: skip
+  logits: jax.Array, is_token: jax.Array, seen: _Seen, slopes: Slopes, head: Head
+) -> jax.Array:
   """The loss's derivative with respect to h Wᵀ + b.
 
   Of a log-probability it is 1 − p at the token, −p elsewhere; of the entropy, −p (log p + H).
   """
-  log_probs = logits - log_total[None]
+  log_probs = logits - seen.log_total()[None]
   probs, slope = jnp.exp(log_probs), slopes.log_probs[None]
   share = slope
   if slopes.entropy is not None:
-    surprise = jnp.where(probs > 0, log_probs, 0) + entropy[None]
+    surprise = jnp.where(probs > 0, log_probs, 0) + seen.outputs().entropy[None]
     share += slopes.entropy[None] * surprise
   slope = (jnp.where(is_token, slope, 0) - probs * share) / head.temperature
   if head.softcap is not None:
@@ -294,36 +308,30 @@ def sweep(
     buffer = jnp.broadcast_to(row, (head.unembedding.shape[0], *row.shape))
 
   def of_chunk(i: jax.Array, carry: tuple) -> tuple:
-    log_probs, gradients, buffer = carry
+    outputs, gradients, buffer = carry
     active = chunks.active(i)
     h = jnp.where(jnp.expand_dims(active, -1), chunks.take(hidden, i), 0)
     y = jnp.where(active, chunks.take(tokens, i), 0)
     seen, logits = _look(h, y, head, tiling.tile_size, buffer)
-    log_total = seen.largest + jnp.log(seen.total)
-    entropy = jnp.log(seen.total) - seen.excess / seen.total
-    chunk = TokenLogProbs(seen.target - log_total, entropy)
-    chunk = jax.tree.map(lambda x: jnp.where(active, x, 0), chunk)
-    log_probs = jax.tree.map(lambda total, x: chunks.add(total, x, i), log_probs, chunk)
+    own = jax.tree.map(lambda x: jnp.where(active, x, 0), seen.outputs())
+    outputs = chunks.add(outputs, own, i)
     if slopes is None or logits is None:
-      return log_probs, gradients, buffer
+      return outputs, gradients, buffer
 
-    slope = slopes(lambda x: chunks.take(x, i), chunk)
+    slope = slopes(lambda x: chunks.take(x, i), own)
     slope = jax.tree.map(lambda x: jnp.where(active, x, 0).astype(dtype), slope)
 
     def slope_of(start: Any, size: int) -> jax.Array:
-      z, is_token = _cut(logits, start, size), _is_token(y, start, size)
-      return _slope(z, log_total, entropy, slope, head, is_token)
+      return _slope(_cut(logits, start, size), _is_token(y, start, size), seen, slope, head)
 
-    rows = jax.tree.map(lambda _: jnp.zeros_like(h, dtype), gradients.hidden)
+    rows = None if gradients.hidden is None else jnp.zeros_like(h, dtype)
     totals = _accumulate(h, head, tiling.tile_size, slope_of, gradients._replace(hidden=rows))
-    rows = jax.tree.map(
-      lambda total, x: chunks.add(total, x.astype(total.dtype), i), gradients.hidden, totals.hidden
-    )
-    return log_probs, totals._replace(hidden=rows), None if buffer is None else logits
+    rows = chunks.add(gradients.hidden, totals.hidden, i)
+    return outputs, totals._replace(hidden=rows), None if buffer is None else logits
 
   carry = vary((TokenLogProbs(zero, zero), wanted, buffer), tokens)
-  log_probs, gradients, _ = jax.lax.fori_loop(0, chunks.count, of_chunk, carry)
-  return log_probs, gradients
+  outputs, gradients, _ = jax.lax.fori_loop(0, chunks.count, of_chunk, carry)
+  return outputs, gradients
 
 
 def vary(tree: Any, tokens: jax.Array) -> Any:

@@ -58,8 +58,7 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   tokens = mask.astype(weights.dtype)
   if advantages.shape != mask.shape:  # one advantage per row, for as many tokens as the row has
     tokens = jnp.sum(tokens, axis=-1, keepdims=True)
-  total = jnp.sum(tokens)
-  some, count = total > 0, jnp.maximum(total, 1)
+  count = jnp.maximum(jnp.sum(tokens), 1)
 
   def weighted(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, weights * x, 0))
@@ -67,22 +66,16 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   def mean(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(mask, x.astype(weights.dtype), 0)) / count
 
-  ratio = jnp.where(mask, jnp.exp(terms.log_ratio), 0)
-  ratio_mean, ratio_square = jnp.sum(ratio) / count, jnp.sum(ratio**2) / count
   clipped = (terms.gate == 0) & (advantages != 0)
-  clipped_low = mean(clipped & (terms.log_ratio <= 0))
-  clipped_high = mean(clipped & (terms.log_ratio > 0))
+  low, high = (mean(clipped & side) for side in (terms.log_ratio <= 0, terms.log_ratio > 0))
   metrics = {
     "loss": weighted(terms.loss),
     "surrogate": weighted(terms.surrogate),
-    "clip_fraction": clipped_low + clipped_high,
-    "clip_fraction_low": clipped_low,
-    "clip_fraction_high": clipped_high,
-    "ratio_mean": ratio_mean,
-    "ratio_max": jnp.max(ratio),
-    "ratio_min": jnp.where(some, jnp.min(jnp.where(mask, ratio, jnp.inf)), 0),
+    "clip_fraction": low + high,
+    "clip_fraction_low": low,
+    "clip_fraction_high": high,
+    **_of_ratio(jnp.where(mask, jnp.exp(terms.log_ratio), 0), mask, count),
     "old_kl": mean(exp_excess(terms.token_log_ratio)),
-    "effective_sample_size": ratio_mean**2 / jnp.where(some, ratio_square, 1),
     "bounded_fraction": mean(jnp.abs(terms.log_ratio) >= MAX_LOG_RATIO),
     "zero_advantage_fraction": jnp.sum(jnp.where(advantages == 0, tokens, 0)) / count,
   }
@@ -97,3 +90,14 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
     log_weight = bound(rollout.old_log_probs - rollout.sampler_log_probs)
     metrics["sampler_kl"] = mean(exp_excess(log_weight))
   return metrics
+
+
+def _of_ratio(ratio: jax.Array, mask: jax.Array, count: jax.Array) -> dict[str, jax.Array]:
+  mean, square = jnp.sum(ratio) / count, jnp.sum(ratio**2) / count
+  some = jnp.any(mask)
+  return {
+    "ratio_mean": mean,
+    "ratio_max": jnp.max(ratio),
+    "ratio_min": jnp.where(some, jnp.min(jnp.where(mask, ratio, jnp.inf)), 0),
+    "effective_sample_size": mean**2 / jnp.where(some, square, 1),
+  }

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
-from gpo_jax import log_probs
+from gpo_jax import _linear_grad
 from tests.batches import PRESETS, batch, relative_error
 
 HIDDEN, VOCABULARY = 16, 53
@@ -275,7 +275,7 @@ def test_custom_functions_take_two_passes_and_are_right():
   }  # fmt: skip
   for slot, function in kinds.items():
     objective = gpo.grpo().replace(**{slot: function})
-    assert not log_probs._is_token_local(objective)
+    assert not _linear_grad.is_token_local(objective)
     arguments = (objective, HIDDEN_STATES, UNEMBEDDING, BIAS, near(objective))
     assert_same(step(linear_loss)(*arguments), step(plain_loss)(*arguments))
 
@@ -294,7 +294,7 @@ def test_matrix_products(name):
   rollout = near(objective)
   tiling = {"compact": False, "tile_size": VOCABULARY}
   loss = lambda h, w: linear_loss(objective, h, w, BIAS, rollout, **tiling)
-  assert log_probs._is_token_local(objective) == (name not in RESPONSES)
+  assert _linear_grad.is_token_local(objective) == (name not in RESPONSES)
   again = name in RESPONSES
   assert dots(loss, HIDDEN_STATES, UNEMBEDDING) == 1
   assert dots(jax.grad(loss, argnums=(0, 1)), HIDDEN_STATES, UNEMBEDDING) == 3 + again
@@ -317,9 +317,9 @@ def test_one_jitted_loss_may_be_differentiated_in_one_argument_after_another(pre
 def test_level_of_a_correction_decides():
   correction = functools.partial(gpo.corrections.truncate_importance, cap=2.0)
   local = gpo.grpo().replace(corrections=(correction,))
-  assert log_probs._is_token_local(local)
+  assert _linear_grad.is_token_local(local)
   responses = functools.partial(correction, level=gpo.levels.sequence)
-  assert not log_probs._is_token_local(gpo.grpo().replace(corrections=(responses,)))
+  assert not _linear_grad.is_token_local(gpo.grpo().replace(corrections=(responses,)))
   for objective in (local, gpo.grpo().replace(corrections=(responses,))):
     arguments = (objective, HIDDEN_STATES, UNEMBEDDING, BIAS, near(objective))
     assert_same(step(linear_loss)(*arguments), step(plain_loss)(*arguments))
