@@ -23,21 +23,28 @@ def as_array(name: str, value: Any) -> jax.Array | np.ndarray:
   raise ValueError(f"{name} must hold real numbers; got dtype {value.dtype}")
 
 
-def _convert(name: str, value: Any) -> jax.Array | np.ndarray:
+def _convert(name: str, value: Any, what: str = "real numbers") -> jax.Array | np.ndarray:
   """Makes an array of a dtype that JAX has, if it has one for such values."""
   if value is None:
-    raise ValueError(f"{name} must hold real numbers; got None")
+    raise ValueError(f"{name} must hold {what}; got None")
+  if isinstance(value, np.ma.MaskedArray):
+    raise ValueError(f"{name} must not be a masked array: give its data, and its mask as a mask")
   if isinstance(value, jax.Array):
     return value
   try:
-    value = np.asarray(value)
-  except jax.errors.TracerArrayConversionError:  # a list that holds traced values
-    return jnp.stack([jnp.asarray(item) for item in value])
-  except ValueError as error:
+    value = _stack(value)
+  except (TypeError, ValueError) as error:
     raise ValueError(f"{name} must be a rectangular array; got {value!r:.60}: {error}") from error
   # JAX knows the machine's byte order only, and nothing longer than a double.
   long = value.dtype == np.longdouble
   return value.astype(np.float64 if long else value.dtype.newbyteorder("="), copy=False)
+
+
+def _stack(value: Any) -> jax.Array | np.ndarray:
+  try:
+    return np.asarray(value)
+  except jax.errors.TracerArrayConversionError:  # a list that holds traced values
+    return jnp.stack([jnp.asarray(item) for item in value])
 
 
 def _to_float(value: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
@@ -111,7 +118,7 @@ def as_mask(name: str, mask: Any) -> jax.Array:
 
 def as_ids(name: str, ids: Any, remedy: str) -> jax.Array:
   """Converts ids to the default integer dtype; refuses what is not integers, or does not fit."""
-  ids = _convert(name, ids)
+  ids = _convert(name, ids, "integers")
   if not jnp.issubdtype(ids.dtype, jnp.integer):
     raise ValueError(f"{name} must be integers; got dtype {ids.dtype}: {remedy}")
   fitting = ids.astype(jax.dtypes.canonicalize_dtype(int))

@@ -75,6 +75,6 @@ def count(active: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
 
 def mean(x: jax.Array, mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Averages each segment's active tokens; 0 where a segment has none."""
-  active = mask.astype(x.dtype)
-  lengths = jnp.maximum(total(active, segment_ids), 1)
-  return total(jnp.where(mask.astype(bool), x, 0), segment_ids) / lengths
+  mask = mask.astype(bool)
+  lengths = jnp.maximum(total(mask.astype(x.dtype), segment_ids), 1)
+  return total(jnp.where(mask, x, 0), segment_ids) / lengths

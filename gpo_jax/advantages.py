@@ -33,10 +33,10 @@ def _inputs(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax
   return rewards, where, jnp.maximum(count, 1)
 
 
-def _shift(rewards: jax.Array, where: jax.Array, axis=-1) -> tuple[jax.Array, jax.Array]:
-  """Subtracts the largest reward that counts, which it returns too; 0 where none counts."""
-  top = jnp.max(rewards, axis=axis, keepdims=True, where=where, initial=-jnp.inf)
-  return jnp.where(where, rewards - top, 0), top
+def _shift(rewards: jax.Array, where: jax.Array) -> jax.Array:
+  """Subtracts the largest reward of the group that counts; 0 at rewards that do not."""
+  top = jnp.max(rewards, axis=-1, keepdims=True, where=where, initial=-jnp.inf)
+  return jnp.where(where, rewards - top, 0)
 
 
 def center(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
@@ -60,15 +60,15 @@ def center(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   Reference: Liu et al. (2025, Dr. GRPO), arXiv:2503.20783.
   """
   rewards, where, count = _inputs(rewards, where)
-  shifted, _ = _shift(rewards, where)
+  shifted = _shift(rewards, where)
   return jnp.where(where, shifted - jnp.sum(shifted, -1, keepdims=True) / count, 0)
 
 
-def _divide_by_std(centered, where, count, ddof, eps, axis=-1) -> jax.Array:
+def _divide_by_std(centered, where, count, ddof, eps) -> jax.Array:
   # In units of the largest deviation neither 1e30 nor 1e-30 leaves float32's range when squared.
-  scale = jnp.max(jnp.abs(centered), axis=axis, keepdims=True, where=where, initial=0)
+  scale = jnp.max(jnp.abs(centered), axis=-1, keepdims=True, where=where, initial=0)
   unit = jnp.where(scale == 0, 1, scale)
-  square = jnp.sum(jnp.where(where, centered / unit, 0) ** 2, axis=axis, keepdims=True)
+  square = jnp.sum(jnp.where(where, centered / unit, 0) ** 2, axis=-1, keepdims=True)
   std = scale * jnp.sqrt(square / jnp.maximum(count - ddof, 1))
   # Equal rewards are 0/0 with eps = 0; a NaN is not equal to 0 and stays.
   return jnp.where(where & (scale != 0), centered / jnp.where(scale == 0, 1, std + eps), 0)
@@ -103,6 +103,8 @@ def standardize(
   Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, section 4.1.2.
   """
   rewards, where, count = _inputs(rewards, where)
+  settings = {"ddof": ddof, "eps": eps}
+  ddof, eps = (jnp.asarray(_checks.as_scalar(*item), count.dtype) for item in settings.items())
   return _divide_by_std(center(rewards, where), where, count, ddof, eps)
 
 
@@ -136,7 +138,7 @@ def leave_one_out(rewards: jax.Array, where: jax.Array | None = None) -> jax.Arr
       f"leave_one_out needs groups of at least 2; got rewards {list(rewards.shape)}, a group of 1: "
       "sample more responses per prompt, or use batch_standardize"
     )
-  shifted, _ = _shift(rewards, where)
+  shifted = _shift(rewards, where)
   others = jnp.sum(shifted, -1, keepdims=True) - shifted
   alone = shifted - shifted  # 0, or NaN
   advantages = jnp.where(count > 1, shifted - others / jnp.maximum(count - 1, 1), alone)
@@ -220,7 +222,7 @@ def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   Reference: the `grpo_passk` estimator of verl, without its division by the standard deviation.
   """
   rewards, where, count = _inputs(rewards, where)
-  shifted, _ = _shift(rewards, where)
+  shifted = _shift(rewards, where)
   ranked = jnp.where(where, rewards, -jnp.inf)
   best = jax.nn.one_hot(jnp.argmax(ranked, axis=-1), rewards.shape[-1], dtype=bool)
   second = jnp.max(shifted, axis=-1, keepdims=True, where=where & ~best, initial=-jnp.inf)
@@ -259,7 +261,7 @@ def optimal_baseline(
   remedy += "lengths.ravel()"
   _checks.like_first(remedy, rewards=rewards, lengths=tokens)
   lengths = jnp.where(where, jnp.asarray(tokens, rewards.dtype), 0)
-  shifted, _ = _shift(rewards, where)
+  shifted = _shift(rewards, where)
   total = jnp.sum(lengths, -1, keepdims=True)
   baseline = jnp.sum(lengths * shifted, -1, keepdims=True) / jnp.where(total == 0, 1, total)
   return jnp.where(where, shifted - baseline, 0)
@@ -295,8 +297,9 @@ def decoupled(
   Reference: Liu et al. (2026, GDPO), arXiv:2601.05242.
   """
   (rewards,) = _checks.promote(_checks.as_array("rewards", rewards))
-  if rewards.ndim < 2:
-    raise ValueError(f"decoupled needs rewards [K, ..., G]; got shape {list(rewards.shape)}")
+  if rewards.ndim < 2 or not rewards.size:
+    got = f"got shape {list(rewards.shape)}"
+    raise ValueError(f"decoupled needs rewards [K, ..., G], every axis at least 1; {got}")
   share = _checks.as_array("weights", np.ones(rewards.shape[0]) if weights is None else weights)
   if share.shape != rewards.shape[:1]:
     got = _checks.describe(rewards=rewards, weights=share)
@@ -336,6 +339,8 @@ def by_group(
     >>> print(by_group(center, jnp.array([1.0, 0.0, 5.0]), jnp.array([7, 7, 3])))
     [ 0.5 -0.5  0. ]
   """
+  if not callable(advantage):
+    raise ValueError(f"advantage must be a function; got {advantage!r:.60}")
   if getattr(advantage, "func", advantage) in (batch_standardize, decoupled):
     raise ValueError("the advantage is over the whole batch, not over groups: leave group_ids out")
   rewards, where, _ = _inputs(rewards, where)

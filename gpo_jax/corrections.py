@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax import levels
-from gpo_jax._checks import with_token_axis
+from gpo_jax._checks import clean, with_token_axis
 from gpo_jax._mesh import whole
 from gpo_jax._numerics import bound
 from gpo_jax.types import Level, Rollout
@@ -330,16 +330,13 @@ def covariance_mask(
 
   Reference: Cui et al. (2025, clip-cov), arXiv:2505.22617.
   """
-  mask = rollout.mask.astype(bool)
-  advantages = with_token_axis(rollout.advantages, log_probs)
-  advantages = jnp.broadcast_to(advantages, log_probs.shape)
-  log_probs = jax.lax.stop_gradient(log_probs)
+  log_probs, rollout = clean(log_probs, rollout)
+  mask = rollout.mask
 
   def deviation(x: jax.Array) -> jax.Array:
-    x = jnp.where(mask, x, 0)
-    return x - jnp.sum(x) / jnp.maximum(jnp.sum(mask.astype(x.dtype)), 1)
+    return x - jnp.sum(jnp.where(mask, x, 0)) / jnp.maximum(jnp.sum(mask.astype(x.dtype)), 1)
 
-  covariance = deviation(log_probs) * deviation(advantages)
+  covariance = deviation(jax.lax.stop_gradient(log_probs)) * deviation(rollout.advantages)
   limit = _quantile(covariance, mask, 1 - fraction)
   return _drop(mask & (covariance > limit), covariance, limit)
 
@@ -369,7 +366,7 @@ def entropy_mask(
 
   Reference: Wang et al. (2025), "Beyond the 80/20 rule", arXiv:2506.01939.
   """
-  mask = rollout.mask.astype(bool)
-  entropy = jax.lax.stop_gradient(jnp.where(mask, entropy, 0))
-  limit = _quantile(entropy, mask, quantile)
-  return _drop(mask & (entropy < limit), entropy, limit)
+  entropy, rollout = clean(entropy, rollout, name="entropy")
+  entropy = jax.lax.stop_gradient(entropy)
+  limit = _quantile(entropy, rollout.mask, quantile)
+  return _drop(rollout.mask & (entropy < limit), entropy, limit)

@@ -11,6 +11,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpo_jax import _checks, _linear_grad
 from gpo_jax._linear import (
@@ -22,7 +23,7 @@ from gpo_jax._linear import (
   is_explicit,
   vary,
 )
-from gpo_jax.objective import Objective
+from gpo_jax.objective import Objective, check_objective
 from gpo_jax.types import Rollout, Terms
 
 
@@ -31,12 +32,13 @@ def _scale(
   where: jax.Array | None,
   temperature: chex.Numeric,
   softcap: chex.Numeric | None,
+  name: str = "logits",
 ) -> jax.Array:
   """Gives logits as they enter the softmax, float32 at least; the lowest number outside `where`."""
-  (logits,) = _checks.promote(_checks.as_array("logits", logits))
+  (logits,) = _checks.promote(_checks.as_array(name, logits))
   if not logits.ndim or 0 in logits.shape:
     raise ValueError(
-      f"logits must be [..., T, V] with every axis at least 1; got {list(logits.shape)}"
+      f"{name} must be [..., T, V] with every axis at least 1; got {list(logits.shape)}"
     )
   if softcap is not None:
     softcap = jnp.asarray(_checks.as_scalar("softcap", softcap), logits.dtype)
@@ -50,7 +52,8 @@ def _scale(
   ):
     raise ValueError(
       "where must broadcast to the logits, a mask of the vocabulary; got "
-      f"{_checks.describe(where=where, logits=logits)}. For a mask of tokens give mask[..., None]"
+      f"{_checks.describe(**{'where': where, name: logits})}. "
+      "For a mask of tokens give mask[..., None]"
     )
   where = jnp.expand_dims(where, range(logits.ndim - where.ndim))
   return jnp.where(where, logits, jnp.finfo(logits.dtype).min)
@@ -186,7 +189,7 @@ def exact_kl(
   Reference: "Rao-Blackwellised" estimation of the KL, as in Amini et al. (2025), arXiv:2504.10637.
   """
   scaled = _scale(logits, where, temperature, softcap)
-  reference = _scale(ref_logits, where, temperature, softcap)
+  reference = _scale(ref_logits, where, temperature, softcap, "ref_logits")
   _checks.like_first(logits=scaled, ref_logits=reference)
   return _kl(scaled, reference)
 
@@ -248,10 +251,10 @@ def linear_token_log_probs(
     >>> print(outputs.log_probs, outputs.entropy)
     [-0.693] [0.693]
   """
-  tokens = _as_tokens(tokens, jnp.shape(hidden)[:-1], f"hidden {list(jnp.shape(hidden))}")
+  hidden, head = _as_head(hidden, unembedding, bias, softcap, temperature)
+  tokens = _as_tokens(tokens, hidden.shape[:-1], f"hidden {list(hidden.shape)}")
   mask = jnp.ones_like(tokens, bool) if mask is None else _checks.as_mask("mask", mask)
   _checks.like_first(tokens=tokens, mask=mask)
-  hidden, head = _as_head(hidden, unembedding, bias, softcap, temperature)
   tiling = _tiling(hidden, head, chunk_size, tile_size, compact)
   return _linear_grad.log_probs(tiling, hidden, vary(head, tokens), tokens, mask)
 
@@ -309,10 +312,11 @@ def linear_loss(
     [[-0.177 -0.177]
      [ 0.177  0.177]]
   """
+  check_objective(objective)
   rollout = jax.tree.map(jnp.asarray, _checks.check_rollout(rollout))
-  tokens = _as_tokens(tokens, jnp.shape(hidden)[:-1], f"hidden {list(jnp.shape(hidden))}")
-  _checks.like_first(tokens=tokens, mask=rollout.mask)
   hidden, head = _as_head(hidden, unembedding, bias, softcap, temperature)
+  tokens = _as_tokens(tokens, hidden.shape[:-1], f"hidden {list(hidden.shape)}")
+  _checks.like_first(tokens=tokens, mask=rollout.mask)
   tiling = _tiling(hidden, head, chunk_size, tile_size, compact)
   head, objective = vary((head, objective), tokens)
   return _linear_grad.loss(tiling, hidden, head, tokens, objective, rollout)
@@ -357,7 +361,7 @@ def linear_exact_kl(
     [0.111]
   """
   hidden, head = _as_head(hidden, unembedding, bias, softcap, temperature)
-  ref = _as_head(ref_hidden, ref_unembedding, ref_bias, softcap, temperature)
+  ref = _as_head(ref_hidden, ref_unembedding, ref_bias, softcap, temperature, "ref_")
   ref_hidden, ref_head = jax.lax.stop_gradient(ref)
   shapes = [(*x.shape[:-1], w.unembedding.shape[0]) for x, w in ((hidden, head), ref)]
   if shapes[0] != shapes[1]:
@@ -365,6 +369,7 @@ def linear_exact_kl(
       "hidden and ref_hidden, unembedding and ref_unembedding must make logits of one shape; got "
       f"{list(shapes[0])} and {list(shapes[1])}"
     )
+  _check_size("chunk_size", chunk_size)
   mask = jnp.ones(hidden.shape[:-1], bool) if mask is None else _checks.as_mask("mask", mask)
   _checks.like_first(hidden=hidden[..., 0], mask=mask)
 
@@ -380,26 +385,32 @@ def linear_exact_kl(
 
 
 def _as_head(
-  hidden: Any, unembedding: Any, bias: Any, softcap: Any, temperature: Any
+  hidden: Any, unembedding: Any, bias: Any, softcap: Any, temperature: Any, of: str = ""
 ) -> tuple[jax.Array, Head]:
-  hidden = jnp.asarray(_checks.as_array("hidden", hidden))
-  unembedding = jnp.asarray(_checks.as_array("unembedding", unembedding))
-  got = _checks.describe(hidden=hidden, unembedding=unembedding)
+  """Converts what makes logits; `of` is what the arguments' names begin with."""
+  hidden = jnp.asarray(_checks.as_array(f"{of}hidden", hidden))
+  unembedding = jnp.asarray(_checks.as_array(f"{of}unembedding", unembedding))
+  got = _checks.describe(**{f"{of}hidden": hidden, f"{of}unembedding": unembedding})
   fits = hidden.ndim > 1 and unembedding.ndim == 2 and hidden.shape[-1] == unembedding.shape[1]
   if not fits or 0 in hidden.shape + unembedding.shape:
     raise ValueError(
-      f"hidden must be [..., T, H] and unembedding [V, H], every axis at least 1; got {got}: "
-      "transpose a kernel [H, V]"
+      f"{of}hidden must be [..., T, H] and {of}unembedding [V, H], every axis at least 1; got {got}"
+      ": transpose a kernel [H, V]"
     )
   if bias is not None:
-    bias = jnp.asarray(_checks.as_array("bias", bias))
+    bias = jnp.asarray(_checks.as_array(f"{of}bias", bias))
     if bias.shape != unembedding.shape[:1]:
-      raise ValueError(f"bias must be [V]; got {_checks.describe(bias=bias)} with {got}")
+      raise ValueError(f"{of}bias must be [V]; got {list(bias.shape)} with {got}")
   dtype = accumulator(hidden.dtype, unembedding.dtype)
   if softcap is not None:
     softcap = jnp.asarray(_checks.as_scalar("softcap", softcap), dtype)
   temperature = jnp.asarray(_checks.as_scalar("temperature", temperature), dtype)
   return hidden, Head(unembedding, bias, softcap, temperature)
+
+
+def _check_size(name: str, size: Any) -> None:
+  if not isinstance(size, int | np.integer) or size < 1:
+    raise ValueError(f"{name} must be an integer of at least 1; got {size!r:.60}")
 
 
 def _tiling(
@@ -414,12 +425,12 @@ def _tiling(
   sharded = is_explicit(hidden) or is_explicit(head.unembedding)
   simple = sharded or jax.default_backend() != "cpu"
   for name, size in {"chunk_size": chunk_size, "tile_size": tile_size}.items():
-    if size is not None and (not isinstance(size, int) or size < 1):
-      raise ValueError(f"{name} must be an integer of at least 1; got {size!r:.60}")
+    if size is not None:
+      _check_size(name, size)
   if compact and sharded:
     raise ValueError("compact must be False on a mesh with Explicit axes, where tokens stay put")
   return Tiling(
-    chunk_size=chunk_size or 512,
-    tile_size=min(tile_size or (vocabulary if simple else 1024), vocabulary),
+    chunk_size=int(chunk_size or 512),
+    tile_size=int(min(tile_size or (vocabulary if simple else 1024), vocabulary)),
     compact=not simple if compact is None else bool(compact),
   )

@@ -176,9 +176,11 @@ class Objective:
     kinds = slot.func is decoupled or (group_ids is None and not is_ours(slot))
     first = max(rewards.ndim - present.ndim, 0) if kinds else 0
     if rewards.shape[first:] != present.shape:
+      rows, packed = ", ".join(map(str, mask.shape[:-1])), segment_ids is not None
       raise ValueError(
-        f"rewards must have one value per response, {list(present.shape)} for mask "
-        f"{list(mask.shape)}; got rewards {list(rewards.shape)}"
+        f"rewards must have one value per response, {f'[{rows}, S]' if packed else f'[{rows}]'} "
+        f"for mask {list(mask.shape)}; got rewards {list(rewards.shape)}"
+        + ("" if packed else ": rows that hold several responses need segment_ids")
       )
     if group_ids is not None:
       return by_group(slot, rewards, group_ids, present)
@@ -237,6 +239,14 @@ class Objective:
     for name, value in (slots | {"allow_token_weighting": allow_token_weighting}).items():
       object.__setattr__(self, name, value)
     return self
+
+
+def check_objective(objective: Any) -> None:
+  """Refuses what is no objective, such as a preset that was not called."""
+  if not isinstance(objective, Objective):
+    raise ValueError(
+      f"objective must be an Objective; got {objective!r:.60}: call the preset, such as gpo.grpo()"
+    )
 
 
 def _evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from gpo_jax.objective import Objective
+from gpo_jax.objective import Objective, check_objective
 from gpo_jax.types import Rollout
 
 
@@ -28,6 +28,9 @@ def as_loss(
   Returns:
     The function; whatever shapes do not fit it refuses as the objective does.
 
+  Raises:
+    ValueError: for what is no objective, such as a preset not called, or no function.
+
   Example:
     >>> import gpo_jax as gpo
     >>> import jax.numpy as jnp
@@ -40,6 +43,9 @@ def as_loss(
     >>> print(gradient)
     [-0.354  0.354]
   """
+  check_objective(objective)
+  if not callable(policy):
+    raise ValueError(f"policy must be a function of (params, *inputs); got {policy!r:.60}")
 
   def loss_fn(params: Any, rollout: Rollout, *inputs: Any) -> Any:
     loss, terms = objective(policy(params, *inputs), rollout)

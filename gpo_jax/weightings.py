@@ -115,7 +115,7 @@ def constant_length(
 
   Reference: Liu et al. (2025, Dr. GRPO), arXiv:2503.20783.
   """
-  return sequence_sum(mask, segment_ids) / length
+  return sequence_sum(mask, segment_ids) / _checks.as_scalar("length", length)
 
 
 def token_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
