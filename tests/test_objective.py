@@ -794,19 +794,6 @@ def test_ids_of_masked_tokens_do_not_matter(name, junk):
   jax.tree.map(np.testing.assert_array_equal, *results)
 
 
-@pytest.mark.parametrize("kind", [">f4", ">f8", np.longdouble, ">i2"])
-def test_numbers_that_jax_does_not_know_are_converted(kind):
-  arrays = {k: np.round(v).astype(kind) for k, v in vars(BATCH).items() if k != "mask"}
-  native = {k: v.astype(np.float32) for k, v in arrays.items()}
-  mask = BATCH.mask.astype(kind)
-  expected = run(gpo.grpo(), type(BATCH)(mask=BATCH.mask, **native))
-  data = type(BATCH)(mask=mask, **arrays)
-  objective = gpo.grpo(epsilon=np.array(0.2, np.longdouble))
-  rollout = data.prepare(objective)
-  loss = objective(data.log_probs, rollout)[0]
-  np.testing.assert_allclose(loss, expected[0], rtol=1e-6)
-
-
 def test_a_function_of_ones_own_may_have_arrays_and_none():
   def tabled(log_ratio, advantages, *, table, kind=None, **others):
     return log_ratio * advantages * jnp.mean(table)
@@ -902,16 +889,6 @@ def test_bad_terms():
     ValueError, match=r"terms must have .*got mask \[2, 4, 6\], terms \[4, 4, 6\]"
   ):
     gpo.summarize(both[1], half)
-
-
-def test_bad_inputs_of_weightings():
-  constant = functools.partial(weightings.constant_length, length=8)
-  others = ("token_mean", "sequence_mean", "sequence_sum", "token_sum")
-  for weighting in (constant, *(getattr(weightings, name) for name in others)):
-    with pytest.raises(ValueError, match=r"mask must be .*got \[\]"):
-      weighting(1.0)
-    with pytest.raises(ValueError, match=r"segment_ids must have .*segment_ids \[4, 4\]"):
-      weighting(BATCH.mask, np.ones((4, 4), int))
 
 
 def test_metrics_of_an_empty_batch_are_0():

@@ -310,13 +310,6 @@ def test_bad_shapes_are_refused_while_tracing():
     gpo.gpo_loss(*GOOD, where=[True, True, False])
 
 
-@pytest.mark.parametrize("kind", [">f4", ">f8", np.longdouble])
-def test_numbers_that_jax_does_not_know_are_converted(kind):
-  inputs = random_inputs((4,))
-  foreign = [np.asarray(x).astype(kind) for x in inputs]
-  assert gpo.gpo_objective(*foreign) == gpo.gpo_objective(*inputs)
-
-
 def test_integers_and_bools_are_promoted_and_inputs_untouched():
   read_only = np.arange(1, 7, dtype=np.int32)[::2]
   read_only.flags.writeable = False
