@@ -240,7 +240,7 @@ def test_mistakes_are_named(example):
     register("grpo", gpo.grpo())
   with pytest.raises(ValueError, match="advantage_estimator named 'rloo' already"):
     register("rloo", gpo.rloo())
-  with pytest.raises(ValueError, match="such as grpo"):
+  with pytest.raises(ValueError, match=r"such as gpo.grpo\(\)"):
     register("function", gpo.grpo)
   with pytest.raises(ValueError, match=r"GRPOConfig\(beta="):
     evaluate("ours", example.replace(ref_per_token_logps=None))

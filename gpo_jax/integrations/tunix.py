@@ -13,7 +13,7 @@ from gpo_jax import _segments, weightings
 from gpo_jax._checks import with_token_axis
 from gpo_jax.integrations._tunix_metrics import tunix_metrics
 from gpo_jax.log_probs import token_entropy
-from gpo_jax.objective import Objective
+from gpo_jax.objective import Objective, check_objective
 from gpo_jax.types import Rollout
 
 _PER_RESPONSE = (weightings.sequence_mean, weightings.sequence_sum, weightings.constant_length)
@@ -57,8 +57,7 @@ def register(name: str, objective: Objective) -> None:
 
   Reference: https://github.com/google/tunix, `tunix.rl.function_registry`.
   """
-  if not isinstance(objective, Objective):
-    raise ValueError(f"objective must be an Objective, such as grpo(); got {objective!r:.60}")
+  check_objective(objective)
   _tunix("rl.algo_core")  # registers Tunix's own functions
   registry = _tunix("rl.function_registry")
   for kind in ("policy_loss_fn", "advantage_estimator"):
