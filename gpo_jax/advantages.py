@@ -291,8 +291,8 @@ def decoupled(
 
   Example:
     >>> correct, short = jnp.array([1.0, 0.0]), jnp.array([0.0, 100.0])
-    >>> print(decoupled(jnp.stack([correct, short]), weights=jnp.array([2.0, 1.0])).round(2))
-    [ 0.71 -0.71]
+    >>> print(decoupled(jnp.stack([correct, short]), weights=jnp.array([2.0, 1.0])))
+    [ 0.707 -0.707]
 
   Reference: Liu et al. (2026, GDPO), arXiv:2601.05242.
   """

@@ -87,7 +87,7 @@ def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
     e^−δ + δ − 1 ≥ 0.
 
   Example:
-    >>> print(k3(jnp.array([0.0, -1.0]), None, None).round(3))
+    >>> print(k3(jnp.array([0.0, -1.0]), None, None))
     [0.    0.718]
 
   Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, Eq. 4.
@@ -193,8 +193,8 @@ def sequence_unbiased(
     >>> from gpo_jax import Rollout
     >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
     >>> log_ratio, ref_log_ratio = jnp.log(jnp.array([2.0, 2.0])), jnp.array([-1.0, -1.0])
-    >>> print(sequence_unbiased(ref_log_ratio, log_ratio, rollout).tolist())
-    [1.437, 2.873]
+    >>> print(sequence_unbiased(ref_log_ratio, log_ratio, rollout))
+    [1.437 2.873]
   """
   # Written like `unbiased`: ρ_1⋯ρ_t moves with token t through the identity there, and with the
   # earlier tokens through `earlier`, whose terms all have one sign and cannot cancel.
@@ -246,7 +246,7 @@ def sequence_k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout
   Example:
     >>> from gpo_jax import Rollout
     >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
-    >>> print(sequence_k3(jnp.array([-0.5, -0.5]), None, rollout).round(3))
+    >>> print(sequence_k3(jnp.array([-0.5, -0.5]), None, rollout))
     [0.718 0.718]
 
   Reference: DeepSeek-AI (2025, DeepSeek-R1), arXiv:2501.12948, the KL term over whole outputs.
@@ -270,7 +270,7 @@ def chi2_minus_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollo
     ρ(e^δ − δ − 1) ≥ 0.
 
   Example:
-    >>> print(chi2_minus_kl(jnp.array([1.0]), jnp.array([0.0]), None).round(3))
+    >>> print(chi2_minus_kl(jnp.array([1.0]), jnp.array([0.0]), None))
     [0.718]
 
   Reference: the module `gpo_jax.specification`.
@@ -293,7 +293,7 @@ def forward_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout)
     e^(d−δ) (e^δ − δ − 1) ≥ 0.
 
   Example:
-    >>> print(forward_kl(jnp.array([1.0]), jnp.array([1.0]), None).round(3))
+    >>> print(forward_kl(jnp.array([1.0]), jnp.array([1.0]), None))
     [0.718]
 
   Reference: Schulman (2020), "Approximating KL divergence", with samples reweighted to π_ref.

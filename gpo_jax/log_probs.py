@@ -361,9 +361,11 @@ def linear_exact_kl(
     [0.111]
   """
   hidden, head = _as_head(hidden, unembedding, bias, softcap, temperature)
-  ref = _as_head(ref_hidden, ref_unembedding, ref_bias, softcap, temperature, "ref_")
-  ref_hidden, ref_head = jax.lax.stop_gradient(ref)
-  shapes = [(*x.shape[:-1], w.unembedding.shape[0]) for x, w in ((hidden, head), ref)]
+  ref_hidden, ref_head = _as_head(
+    ref_hidden, ref_unembedding, ref_bias, softcap, temperature, "ref_"
+  )
+  states = ((hidden, head), (ref_hidden, ref_head))
+  shapes = [(*x.shape[:-1], w.unembedding.shape[0]) for x, w in states]
   if shapes[0] != shapes[1]:
     raise ValueError(
       "hidden and ref_hidden, unembedding and ref_unembedding must make logits of one shape; got "

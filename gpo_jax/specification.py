@@ -119,7 +119,7 @@ def gpo_value_and_grad(
   Example:
     >>> J, gradients = gpo_value_and_grad([1.5, 1.0], [1.0, 1.0], [0.5, 0.25], [0.5, 0.5], beta=1.0)
     >>> print(gradients.pi_current, [f"{x:.3f}" for x in gradients.ratios])  # the first is clipped
-    [0. 1.] ['0.000', '0.403']
+    [-0.  1.] ['0.000', '0.403']
 
   Reference: as `gpo_objective`.
   """

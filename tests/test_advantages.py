@@ -61,6 +61,18 @@ def test_formulas(name):
   np.testing.assert_allclose(getattr(adv, name)(REWARDS), expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("ddof", "eps"), [(0, 0.0), (1, 0.5), (0.5, 0.1)])
+def test_the_settings_of_standard_deviations(ddof, eps):
+  expected = [by_hand("standardize", group, None, ddof, eps) for group in REWARDS.tolist()]
+  np.testing.assert_allclose(adv.standardize(REWARDS, ddof=ddof, eps=eps), expected, rtol=2e-5)
+  flat = by_hand("standardize", REWARDS.ravel().tolist(), None, ddof, eps)
+  value = adv.batch_standardize(REWARDS, ddof=ddof, eps=eps)
+  np.testing.assert_allclose(value.ravel(), flat, rtol=2e-5)
+  twice = by_hand("standardize", np.ravel(expected).tolist(), None, ddof, eps)
+  value = adv.decoupled(REWARDS[None], ddof=ddof, eps=eps)
+  np.testing.assert_allclose(value.ravel(), twice, rtol=2e-5)
+
+
 def test_formulas_with_more_than_rewards():
   lengths = np.array([[1, 2, 3, 4, 0]] * 3)
   expected = [by_hand("opo", group, n) for group, n in zip(REWARDS.tolist(), lengths.tolist())]

@@ -296,6 +296,13 @@ def test_packed_rows_give_the_same(divergence):
     np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
+def test_the_ratio_of_a_long_response_is_bounded():
+  far = jnp.full(8, -15.0)  # e^120 has no float32
+  rollout = gpo.Rollout(jnp.ones(()), jnp.ones(8), jnp.ones(8))
+  value, slopes = jax.value_and_grad(lambda x: div.sequence_k3(x, None, rollout)[0])(far)
+  np.testing.assert_allclose([value, *slopes], [np.exp(20), *[-np.exp(20)] * 8], rtol=1e-6)
+
+
 # --- whole responses: surrogates
 # ---------------------------------------------------------------------
 

@@ -267,12 +267,15 @@ def test_every_keyword(name, key, x64, branches):
   assert_taken_both_ways(branches)
 
 
+@pytest.mark.parametrize("epsilon", [1.0, 1.5, 10.0])
 @pytest.mark.parametrize("name", [name for name, key in KEYWORDS if key == "epsilon"])
-def test_a_clip_wider_than_one_has_no_lower_limit(name, x64):
+def test_a_clip_as_wide_as_one_has_no_lower_limit(name, epsilon, x64):
   """R1 was trained with ε = 10: 1 − ε is no ratio, 1 + ε still is a limit."""
   batch, log_probs = draw(0)
-  expected = expect(name, batch, log_probs, epsilon=10.0)
-  assert gap(evaluate(make(name, epsilon=10), batch, log_probs), expected) < TOLERANCE[np.float64]
+  expected = expect(name, batch, log_probs, epsilon=epsilon)
+  assert (
+    gap(evaluate(make(name, epsilon=epsilon), batch, log_probs), expected) < TOLERANCE[np.float64]
+  )
 
 
 @pytest.mark.parametrize("name", WITH_BETA)

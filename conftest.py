@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -20,3 +21,11 @@ def x64():
   jax.config.update("jax_enable_x64", True)
   yield
   jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(autouse=True)
+def _three_digits_in_doctests(request):
+  """Compares what examples print as text: 1. must not pass for 0.9."""
+  shorter = {"precision": 3} if isinstance(request.node, pytest.DoctestItem) else {}
+  with np.printoptions(**shorter):
+    yield
