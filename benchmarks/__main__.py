@@ -75,7 +75,7 @@ def main() -> None:
     output["scaling"] = scaling(options, args.quick)
     of_c = [result for result in output["results"] if result["workload"] == "C"]
     picture.draw(of_c + output["scaling"], args.out / "results.png")
-  (args.out / "results.json").write_text(json.dumps(output, indent=1, ensure_ascii=False) + "\n")
+  (args.out / "results.json").write_text(json.dumps(output, indent=1) + "\n")
 
 
 if __name__ == "__main__":

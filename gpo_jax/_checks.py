@@ -130,7 +130,7 @@ def as_ids(name: str, ids: Any, remedy: str) -> jax.Array:
 
 def as_segment_ids(ids: Any, mask: jax.Array) -> jax.Array:
   """Converts the segment ids of packed rows."""
-  ids = as_ids("segment_ids", ids, "give 1, 2, … in each row, and 0 for padding")
+  ids = as_ids("segment_ids", ids, "give 1, 2, ... in each row, and 0 for padding")
   like_first(mask=mask, segment_ids=ids)
   return ids
 

@@ -27,7 +27,7 @@ _ARGUMENTS = {
 _MODULES = ("surrogates", "levels", "divergences", "corrections", "weightings", "advantages")
 _REMEDIES = {
   "entropy_mask": ": pass rollout.replace(factor=entropy_mask(entropy, rollout))",
-  "sequence_exact": ": bind the KL, lambda _, log_ratio, rollout: sequence_exact(kl, …)",
+  "sequence_exact": ": bind the KL, lambda _, log_ratio, rollout: sequence_exact(kl, ...)",
 }
 _RESPONSE_LEVELS = (levels.sequence, levels.sequence_sum, levels.geometric)
 _TOKEN_WEIGHTINGS = (weightings.token_mean, weightings.constant_length, weightings.token_sum)

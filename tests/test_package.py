@@ -99,3 +99,12 @@ def test_the_readmes_links_and_commands_exist():
   makefile = (ROOT / "Makefile").read_text()
   for target in re.findall(r"^make ([a-z-]+)", README, re.MULTILINE):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_messages_are_ascii_for_any_terminal():
+  documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+  for file in (ROOT / "gpo_jax").rglob("*.py"):
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    docstrings = {ast.get_docstring(n, clean=False) for n in nodes if isinstance(n, documented)}
+    strings = {n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    assert "".join(strings - docstrings).isascii(), file

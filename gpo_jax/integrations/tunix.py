@@ -104,7 +104,7 @@ def _rollout(objective: Objective, example: Any) -> Rollout:
   if objective.divergence is not None and example.ref_per_token_logps is None:
     raise ValueError(
       "the divergence needs a reference policy, which Tunix leaves out where its own beta is 0: "
-      "give GRPOConfig(beta=…) any other number; the objective's beta is the one that counts"
+      "give GRPOConfig(beta=...) any other number; the objective's beta is the one that counts"
     )
   mask, segment_ids = example.completion_mask.astype(bool), example.segment_ids
   return Rollout(
