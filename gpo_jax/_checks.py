@@ -164,7 +164,7 @@ def check_rollout(rollout: Rollout) -> Rollout:
   mask = as_mask("mask", rollout.mask)
   fields = {name: getattr(rollout, name) for name in _PER_TOKEN}
   needed = {k: v for k, v in fields.items() if v is not None or k == "weights"}
-  arrays = {name: as_array(name, value) for name, value in needed.items()}
+  arrays = {name: jnp.asarray(as_array(name, value)) for name, value in needed.items()}
   like_first(mask=mask, **arrays)
   given = as_array("advantages", rollout.advantages)
   advantages = with_token_axis(given, mask)

@@ -329,15 +329,19 @@ def sweep(
     rows = chunks.add(gradients.hidden, totals.hidden, i)
     return outputs, totals._replace(hidden=rows), None if buffer is None else logits
 
-  carry = vary((TokenLogProbs(zero, zero), wanted, buffer), tokens)
+  _, carry = vary((tokens, (TokenLogProbs(zero, zero), wanted, buffer)))
   outputs, gradients, _ = jax.lax.fori_loop(0, chunks.count, of_chunk, carry)
   return outputs, gradients
 
 
-def vary(tree: Any, tokens: jax.Array) -> Any:
-  """Adds an integer's 0, which compiles to nothing: under `shard_map` all then varies as tokens do.
+def vary(tree: Any) -> Any:
+  """Adds a 0 of all arrays of a tree to each, which compiles to nothing.
 
-  So a gradient in a replicated array is summed over the devices, by JAX itself.
+  Under `shard_map` all then vary over the devices over which any of them does, as a loop requires;
+  and a gradient in a replicated array is summed over the devices, by JAX itself.
   """
-  zero = jnp.sum(tokens * 0)
-  return jax.tree.map(lambda x: x + zero.astype(x.dtype), tree)
+  none = [jnp.sum((x != x).astype(jnp.int32) * 0) for x in jax.tree.leaves(tree)]
+  zero = functools.reduce(jnp.add, none)
+  return jax.tree.map(
+    lambda x: x | zero.astype(bool) if x.dtype == bool else x + zero.astype(x.dtype), tree
+  )

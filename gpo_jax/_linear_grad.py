@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from gpo_jax import corrections, divergences, levels
-from gpo_jax._linear import Gradients, Head, Slopes, Tiling, TokenLogProbs, sweep
+from gpo_jax._linear import Gradients, Head, Slopes, Tiling, TokenLogProbs, sweep, vary
 from gpo_jax.objective import Objective
 from gpo_jax.types import Rollout, Terms
 
@@ -43,20 +43,6 @@ def is_token_local(objective: Objective) -> bool:
   slots += [slot.keywords["level"] for slot in slots if "level" in slot.keywords]
   numbers = all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(objective))
   return numbers and all(slot.func in _TOKEN_FUNCTIONS for slot in slots)
-
-
-def loss(
-  tiling: Tiling,
-  hidden: jax.Array,
-  head: Head,
-  tokens: jax.Array,
-  objective: Objective,
-  rollout: Rollout,
-) -> tuple[jax.Array, Terms]:
-  """Computes an objective's loss and terms, in one pass where a token's slope is its own affair."""
-  if is_token_local(objective):
-    return _local_loss(tiling, hidden, head, tokens, objective, rollout)
-  return _evaluate(objective, log_probs(tiling, hidden, head, tokens, rollout.mask), rollout)
 
 
 def _evaluate(
@@ -139,7 +125,6 @@ def _log_probs_bwd(tiling, residuals, slopes):
 
 
 _log_probs.defvjp(_log_probs_fwd, _log_probs_bwd, symbolic_zeros=True)
-log_probs = jax.jit(_log_probs, static_argnums=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -174,4 +159,26 @@ def _local_loss_bwd(tiling, residuals, slopes):
 
 
 _local_loss.defvjp(_local_loss_fwd, _local_loss_bwd, symbolic_zeros=True)
-_local_loss = jax.jit(_local_loss, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def log_probs(
+  tiling: Tiling, hidden: jax.Array, head: Head, tokens: jax.Array, mask: jax.Array
+) -> TokenLogProbs:
+  """Computes log-probabilities and entropies."""
+  return _log_probs(tiling, *vary((hidden, head, tokens, mask)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss(
+  tiling: Tiling,
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  objective: Objective,
+  rollout: Rollout,
+) -> tuple[jax.Array, Terms]:
+  """Computes an objective's loss and terms, in one pass where a token's slope is its own affair."""
+  if is_token_local(objective):
+    return _local_loss(tiling, *vary((hidden, head, tokens, objective, rollout)))
+  return _evaluate(objective, log_probs(tiling, hidden, head, tokens, rollout.mask), rollout)

@@ -68,5 +68,6 @@ def bound(log_ratio: jax.Array) -> jax.Array:
   Beyond the bound a function's slope is the one it has at the bound: finite, and never 0 because of
   the bound, so a penalty still pulls back a policy that has drifted any distance.
   """
-  bounded = jax.lax.clamp(-MAX_LOG_RATIO, log_ratio, MAX_LOG_RATIO)
+  limit = jnp.asarray(MAX_LOG_RATIO, log_ratio.dtype)
+  bounded = jax.lax.clamp(-limit, log_ratio, limit)
   return with_slope(bounded, jnp.ones_like(log_ratio), log_ratio)

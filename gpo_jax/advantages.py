@@ -28,7 +28,8 @@ def _inputs(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax
   _checks.like_first(rewards=rewards, where=counts)
   where = jnp.asarray(counts).astype(bool)
   # A reward of ±∞ is as loud as NaN: by every formula it takes its whole group with it.
-  rewards = jnp.where(where & ~jnp.isfinite(rewards), jnp.nan, jax.lax.stop_gradient(rewards))
+  rewards = jnp.where(where, jax.lax.stop_gradient(rewards), 0)
+  rewards = jnp.where(jnp.isfinite(rewards), rewards, jnp.nan)
   count = jnp.sum(where.astype(rewards.dtype), axis=-1, keepdims=True)
   return rewards, where, jnp.maximum(count, 1)
 

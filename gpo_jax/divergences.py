@@ -99,7 +99,8 @@ def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
 def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
   """Takes the size of the log-ratio: `|δ|`.
 
-  On-policy its gradient is that of twice the total variation distance between π and π_ref.
+  On-policy its gradient is that of twice the total variation distance between π and π_ref; 0 where
+  they agree, though `jnp.abs` has slope 1 at 0.
 
   Args:
     ref_log_ratio: δ, any shape.
@@ -116,7 +117,7 @@ def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -
   Reference: the `abs` penalty of verl.
   """
   del log_ratio, rollout
-  return jnp.abs(ref_log_ratio)
+  return with_slope(jnp.abs(ref_log_ratio), jnp.sign(ref_log_ratio), ref_log_ratio)
 
 
 def straight_through(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
@@ -199,8 +200,8 @@ def sequence_unbiased(
   # Written like `unbiased`: ρ_1⋯ρ_t moves with token t through the identity there, and with the
   # earlier tokens through `earlier`, whose terms all have one sign and cannot cancel.
   active = jnp.where(rollout.mask.astype(bool), log_ratio, 0)
-  prefix = _segments.cumsum(active, rollout.segment_ids)
-  ratio, earlier = jnp.exp(bound(prefix)), prefix - active
+  earlier = _segments.earlier(active, rollout.segment_ids)
+  ratio = jnp.exp(bound(earlier + active))
   penalty = ratio * exp_excess(-ref_log_ratio)
   own = with_slope(penalty, ratio * ref_log_ratio, ref_log_ratio)
   return own + with_slope(jnp.zeros_like(penalty), penalty, earlier)
@@ -228,7 +229,7 @@ def sequence_exact(kl: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax
   """
   mask = rollout.mask.astype(bool)
   active = jnp.where(mask, log_ratio, 0)
-  earlier = _segments.cumsum(active, rollout.segment_ids) - active
+  earlier = _segments.earlier(active, rollout.segment_ids)
   return jnp.exp(bound(earlier)) * jnp.where(mask, kl, 0)
 
 

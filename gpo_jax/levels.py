@@ -137,5 +137,5 @@ def geometric(log_ratio: jax.Array, rollout: Rollout, *, clip: chex.Numeric = 0.
   limit = jnp.where(advantages > 0, clip, -jnp.asarray(clip))
   beyond = jnp.where(advantages > 0, log_ratio > clip, log_ratio < -jnp.asarray(clip))
   # x − x is 0 where x is finite: an infinite log-ratio must not end as a limit.
-  limited = limit + (log_ratio - log_ratio)
+  limited = limit + jax.lax.stop_gradient(log_ratio - log_ratio)
   return sequence(jnp.where(beyond | jnp.isnan(limit), limited, log_ratio), rollout)

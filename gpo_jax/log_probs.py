@@ -21,7 +21,6 @@ from gpo_jax._linear import (
   accumulator,
   all_logits,
   is_explicit,
-  vary,
 )
 from gpo_jax.objective import Objective, check_objective
 from gpo_jax.types import Rollout, Terms
@@ -40,12 +39,17 @@ def _scale(
     raise ValueError(
       f"{name} must be [..., T, V] with every axis at least 1; got {list(logits.shape)}"
     )
+  if where is not None:
+    where = _as_support(where, logits, name)
+    logits = jnp.where(where, logits, 0)  # what may be NaN must not meet a function with a slope
   if softcap is not None:
     softcap = jnp.asarray(_checks.as_scalar("softcap", softcap), logits.dtype)
     logits = softcap * jnp.tanh(logits / softcap)
   logits = logits / jnp.asarray(_checks.as_scalar("temperature", temperature), logits.dtype)
-  if where is None:
-    return logits
+  return logits if where is None else jnp.where(where, logits, jnp.finfo(logits.dtype).min)
+
+
+def _as_support(where: Any, logits: jax.Array, name: str) -> jax.Array:
   where = jnp.asarray(_checks.as_array("where", where)).astype(bool)
   if where.ndim > logits.ndim or any(
     size not in (1, full) for size, full in zip(where.shape[::-1], logits.shape[::-1], strict=False)
@@ -55,8 +59,7 @@ def _scale(
       f"{_checks.describe(**{'where': where, name: logits})}. "
       "For a mask of tokens give mask[..., None]"
     )
-  where = jnp.expand_dims(where, range(logits.ndim - where.ndim))
-  return jnp.where(where, logits, jnp.finfo(logits.dtype).min)
+  return jnp.expand_dims(where, range(logits.ndim - where.ndim))
 
 
 def _as_tokens(tokens: Any, shape: tuple[int, ...], of: str) -> jax.Array:
@@ -256,7 +259,7 @@ def linear_token_log_probs(
   mask = jnp.ones_like(tokens, bool) if mask is None else _checks.as_mask("mask", mask)
   _checks.like_first(tokens=tokens, mask=mask)
   tiling = _tiling(hidden, head, chunk_size, tile_size, compact)
-  return _linear_grad.log_probs(tiling, hidden, vary(head, tokens), tokens, mask)
+  return _linear_grad.log_probs(tiling, hidden, head, tokens, mask)
 
 
 def linear_loss(
@@ -313,12 +316,11 @@ def linear_loss(
      [ 0.177  0.177]]
   """
   check_objective(objective)
-  rollout = jax.tree.map(jnp.asarray, _checks.check_rollout(rollout))
+  rollout = _checks.check_rollout(rollout)
   hidden, head = _as_head(hidden, unembedding, bias, softcap, temperature)
   tokens = _as_tokens(tokens, hidden.shape[:-1], f"hidden {list(hidden.shape)}")
   _checks.like_first(tokens=tokens, mask=rollout.mask)
   tiling = _tiling(hidden, head, chunk_size, tile_size, compact)
-  head, objective = vary((head, objective), tokens)
   return _linear_grad.loss(tiling, hidden, head, tokens, objective, rollout)
 
 

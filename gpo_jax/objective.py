@@ -170,7 +170,7 @@ class Objective:
 
   def _advantages(self, rewards, mask, segment_ids, group_ids) -> jax.Array:
     rewards = jnp.asarray(_checks.as_array("rewards", rewards))
-    present = _segments.present(mask, segment_ids, jnp.atleast_1d(rewards).shape[-1])
+    present = _segments.present(mask, segment_ids, (1, *rewards.shape)[-1])
     slot: Any = self.advantage
     # Several kinds of reward are for `decoupled`, or for a function from elsewhere that takes them.
     kinds = slot.func is decoupled or (group_ids is None and not is_ours(slot))

@@ -354,6 +354,7 @@ def _check_values(arguments: dict[str, jax.Array]) -> None:
     value = arguments.get(name)
     if value is None or not value.size:  # the function itself refuses an empty array
       continue
+    value = jnp.asarray(value)
     bad = ~is_good(value)
     if value.ndim and "where" in arguments:
       _checks.like_first(**{name: value, "where": arguments["where"]})

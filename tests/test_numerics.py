@@ -127,3 +127,31 @@ def test_no_distance_switches_the_penalty_off(delta):
   np.testing.assert_allclose(unbiased_slope(delta, 0.0), np.sign(delta) * 20.0, rtol=5e-7)
   k3 = jax.grad(lambda x: gpo.divergences.k3(bound(x), None, None))(jnp.float32(-1000.0))
   np.testing.assert_allclose(k3, -math.expm1(20.0), rtol=1e-6)
+
+
+def test_an_absolute_penalty_rests_where_the_policies_agree():
+  slope = jax.grad(lambda x: gpo.divergences.absolute(x, None, None))
+  assert [slope(x) for x in (-0.5, 0.0, 0.5)] == [-1, 0, 1]
+  assert jax.grad(jnp.abs)(0.0) == 1
+
+
+def test_a_clipped_geometric_mean_takes_nothing_from_other_slopes():
+  rollout = gpo.Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2))
+
+  def loss(x, limited):
+    level = gpo.levels.geometric(x, rollout) if limited else 0.0
+    return 1e8 * jnp.sum(level) + jnp.sum(1.25 * x)
+
+  np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(2), True), [1.25, 1.25])
+
+
+@pytest.mark.parametrize("segment_ids", [None, np.array([1, 1, 1, 2])])
+def test_a_large_penalty_leaves_small_later_ones_their_slope(segment_ids):
+  rollout = gpo.Rollout(jnp.ones(()), jnp.ones(4), jnp.ones(4), segment_ids=segment_ids)
+  penalties = jnp.array([1e-8, 2.0, 1e-8, 1e-8])
+
+  def loss(log_ratio):
+    return jnp.sum(gpo.divergences.sequence_exact(penalties, log_ratio, rollout))
+
+  later = [2.0, 1e-8, 0, 0] if segment_ids is not None else [2.0, 2e-8, 1e-8, 0]
+  np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(4)), later, rtol=1e-6)
