@@ -136,6 +136,7 @@ def geometric(log_ratio: jax.Array, rollout: Rollout, *, clip: chex.Numeric = 0.
   advantages = with_token_axis(rollout.advantages, log_ratio)
   limit = jnp.where(advantages > 0, clip, -jnp.asarray(clip))
   beyond = jnp.where(advantages > 0, log_ratio > clip, log_ratio < -jnp.asarray(clip))
-  # x − x is 0 where x is finite: an infinite log-ratio must not end as a limit.
-  limited = limit + jax.lax.stop_gradient(log_ratio - log_ratio)
+  # 0, in value and slope, where x is finite: an infinite log-ratio must not end as a limit.
+  zero = log_ratio - log_ratio
+  limited = limit + with_slope(zero, zero, log_ratio)
   return sequence(jnp.where(beyond | jnp.isnan(limit), limited, log_ratio), rollout)
