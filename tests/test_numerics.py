@@ -1,4 +1,4 @@
-"""The functions that replace textbook forms: exact where those lose every digit."""
+"""The functions that replace textbook forms, exact where those lose every digit, and sums."""
 
 import math
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
+from gpo_jax import _segments
 from gpo_jax._numerics import bound, exp_excess, sigmoid, with_slope
 
 MAGNITUDES = np.concatenate([np.logspace(-9, np.log10(20), 20_000), np.linspace(0.01, 20, 20_000)])
@@ -155,3 +156,13 @@ def test_a_large_penalty_leaves_small_later_ones_their_slope(segment_ids):
 
   later = [2.0, 1e-8, 0, 0] if segment_ids is not None else [2.0, 2e-8, 1e-8, 0]
   np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(4)), later, rtol=1e-6)
+
+
+def test_sums_of_earlier_tokens_start_anew_in_each_segment():
+  rng = np.random.default_rng(0)
+  ids = np.cumsum(rng.random((5, 23)) < 0.3, axis=-1)
+  x = rng.integers(1, 9, ids.shape).astype(np.float32)
+  expected = [
+    [sum(row[j] for j in range(t) if i[j] == i[t]) for t in range(23)] for row, i in zip(x, ids)
+  ]
+  np.testing.assert_array_equal(_segments.earlier(jnp.asarray(x), jnp.asarray(ids)), expected)
