@@ -178,9 +178,9 @@ def sequence_unbiased(
 
   The sum over a response's tokens estimates KL(π‖π_ref) over responses, value and gradient, from
   samples of any π_old; token ratios leave the states' distribution at π_old's. The price is
-  variance that grows with length and staleness. Exact with weights that do not depend on a
-  response's own length: `sequence_sum`, `constant_length`, `token_mean`, `token_sum`. First
-  derivatives only, as in `unbiased`.
+  variance that grows with length and staleness. Exact with weights that do not depend on lengths:
+  `sequence_sum`, `constant_length`, `token_sum`; with `token_mean` in the limit of large batches.
+  First derivatives only, as in `unbiased`.
 
   Args:
     ref_log_ratio: δ_t, `[..., T]`.
