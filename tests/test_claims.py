@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
 from gpo_jax import _linear, advantages, corrections, divergences, levels, weightings
+from gpo_jax.demo.config import Config
 from tests import test_divergences as enumerated
 from tests.batches import PRESETS, batch, value_and_grad
 
@@ -26,16 +27,15 @@ HIDDEN, HEAD = (jnp.asarray(RNG.normal(size=n), jnp.float32) for n in ((*MASK.sh
 TOKENS = jnp.asarray(RNG.integers(0, 7, MASK.shape))
 ITS_SUM = partial(weightings.constant_length, length=1.0), weightings.sequence_sum
 RULES = [weightings.token_mean, weightings.sequence_mean, weightings.token_sum, *ITS_SUM]
-TRL_RLOO = gpo.r1(beta=None).replace(advantage=advantages.leave_one_out)
-SEEN = gpo.gspo().replace(divergence=lambda r, d, _: d, beta=1.0)
 # fmt: off
-PAGE = (pathlib.Path(__file__).parent.parent / "docs/migrating.md").read_text()
+ROOT = pathlib.Path(__file__).parent.parent
+README, PAGE = ((ROOT / name).read_text() for name in ("README.md", "docs/migrating.md"))
 MIGRATING = re.findall(r"`((?:partial\(|gpo\.|lambda r)[^`]*)`", PAGE)
 CORRECTIONS = [partial(f, **{"threshold": 0.1} if "threshold"
   in inspect.signature(f).parameters else {}) for f in vars(corrections).values()
   if inspect.isfunction(f) and f.__module__ == corrections.__name__ and f.__name__[0] != "_"]
 square = lambda tree: sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))
-terms = lambda objective, *x: objective(*row(1.0, *x))[1]
+seen = lambda *x: gpo.gspo().replace(divergence=lambda r, d, _: d, beta=1.0)(*row(1.0, *x))[1]
 vespo = lambda a, ratios: [corrections.vespo(*row(a, np.log(w)))[0] for w in ratios]
 kl_of = lambda n: lambda h, w: jnp.sum(gpo.linear_exact_kl(h, w, 2 * h, w, chunk_size=n))
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
@@ -115,8 +115,8 @@ FACTS = {
     DAPO.prepare([[1.0, 0]], [[1] * 3], segment_ids=[[1, 2, 1]]).advantages[0, [0, 2]], 0.7070068),
   "an id that comes back, weights": lambda: (
     gpo.grpo().prepare([[1.0, 0]], [[1] * 3], segment_ids=[[1, 2, 1]]).weights, 1 / 3),
-  "a level averages, then is bounded": lambda: (terms(SEEN, 40.0, -20.0).log_ratio, 10),
-  "a divergence sees tokens": lambda: (terms(SEEN, 40.0, -20.0).divergence, [20, -20]),
+  "a level averages, then is bounded": lambda: (seen(40.0, -20.0).log_ratio, 10),
+  "a divergence sees tokens": lambda: (seen(40.0, -20.0).divergence, [20, -20]),
   "a slot sees zeros in the padding": lambda: (seen_in_padding(), 0),
   "the sampler's weights are bounded": lambda: (corrections.mask_importance(
     jnp.zeros(1), row(1.0, 0.0)[1].replace(sampler_log_probs=-jnp.full(1, 900.0)), high=np.inf),
@@ -149,7 +149,8 @@ FACTS = {
   "what is counted as clipped": lambda: ([counts(o, prepared(o, old_log_probs=X - 3)) > 0.2
     for o in map(PRESETS.get, ("grpo", "cispo", "gmpo", "dppo", "topr"))], [1, 0, 0, 0, 0]),
   "TRL's RLOO is ours on-policy": lambda: (
-    loss(TRL_RLOO, old_log_probs=X)[1], loss(gpo.rloo(), old_log_probs=X)[1]),
+    loss(gpo.r1(beta=None).replace(advantage=advantages.leave_one_out), old_log_probs=X)[1],
+    loss(gpo.rloo(), old_log_probs=X)[1]),
   "options on the page on migrating": lambda: (
     [len(MIGRATING) > 20, *map(fits_its_slot, MIGRATING)], True),
   "bfloat16 beside 1, and its rounding at -1 and -4": lambda: (
@@ -176,6 +177,8 @@ FACTS = {
     jax.device_put(jnp.ones(8), NamedSharding(MESH, P("data"))), jnp.arange(8))
     .sharding.is_fully_replicated, True),
   "defaults": lambda: ([*corrections.mask_importance.__kwdefaults__.values()][:2], [0.5, 5]),
+  "the demo's recipe": lambda: ("{0.steps} updates of {0.prompts}\nprompts × {0.samples} samples"
+    .format(Config()).replace("\n", " ") in README.replace("\n", " "), True),
 }
 IN_FLOAT64 = {
   "dtypes": lambda: ([x.dtype.itemsize for x in (prepared(GRPO).weights, *loss(GRPO))], [8, 8, 4]),
