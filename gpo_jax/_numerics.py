@@ -17,7 +17,7 @@ def exp_excess(x: jax.Array) -> jax.Array:
     x: floats of any shape, float32 or wider.
 
   Returns:
-    Values ≥ 0 of x's shape and dtype; 0 only at x = 0.
+    Values ≥ 0 of x's shape and dtype; 0 only where x² underflows.
   """
   order = 22 if x.dtype == jnp.float64 else 14
   series = jnp.full_like(x, 1 / math.factorial(order))

@@ -4,7 +4,8 @@ Each is `(rewards, where=None, *, …) -> advantages`, `[..., G]` to `[..., G]`;
 axis. `where` leaves samples out of every statistic; their advantage is 0. A group whose rewards are
 all equal has advantage exactly 0: rewards are shifted by their group's maximum first, so that no
 rounding error is left for a small standard deviation to blow up. A reward that is not finite makes
-NaN of its whole group. No gradient flows to the rewards.
+NaN of its whole group. (The group of `batch_standardize`, and of the last step of `decoupled`, is
+the batch.) No gradient flows to the rewards.
 """
 
 from collections.abc import Callable
@@ -234,9 +235,11 @@ def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
 def optimal_baseline(
   rewards: jax.Array, where: jax.Array | None = None, *, lengths: jax.Array
 ) -> jax.Array:
-  """Subtracts the group's mean weighted by response lengths, the baseline of least variance.
+  """Subtracts the group's mean weighted by response lengths.
 
       A_i = R_i − Σ_j L_j R_j / Σ_j L_j
+
+  The baseline of least variance where the squared norms of responses' gradients grow with length.
 
   In an objective: `objective.replace(advantage=partial(optimal_baseline, lengths=mask.sum(-1)))`.
   Of packed rows, S rewards each, the lengths are `jnp.sum(mask * (segment_ids == s), -1)` for s in

@@ -29,7 +29,8 @@ def k1(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
   """Takes the log-ratio itself: δ.
 
   Right in value, useless as a loss: on-policy its gradient is pure noise around 0. In the reward it
-  is the textbook choice: `rewards - beta * jnp.sum(old_log_probs - ref_log_probs, -1, where=mask)`.
+  is the textbook choice, with a mask of bools:
+  `rewards - beta * jnp.sum(old_log_probs - ref_log_probs, -1, where=mask)`.
 
   Args:
     ref_log_ratio: δ, any shape.

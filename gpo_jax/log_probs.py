@@ -136,7 +136,7 @@ def token_entropy(
     softcap: c > 0 for logits c·tanh(logits/c); None for none.
 
   Returns:
-    Entropies in nats, `[..., T]`, in [0, log V].
+    Entropies in nats, `[..., T]`, in [0, log V] up to rounding.
 
   Raises:
     ValueError: where shapes or dtypes do not fit.
@@ -180,7 +180,7 @@ def exact_kl(
     softcap: c > 0 for logits c·tanh(logits/c), for both; None for none.
 
   Returns:
-    Divergences in nats, `[..., T]`, ≥ 0; inf where π_ref excludes what π does not.
+    Divergences in nats, `[..., T]`, ≥ 0 up to rounding; inf where π_ref excludes what π does not.
 
   Raises:
     ValueError: where shapes or dtypes do not fit.
@@ -223,10 +223,10 @@ def linear_token_log_probs(
   Differentiable, once, in hidden, unembedding and bias, through entropies too. The backward pass
   computes the logits anew: four matrix products of tokens × V × H instead of three.
 
-  Sharding: arrays may be sharded over the axes before T on Auto and Explicit meshes, and chunks
-  then are `compact=False`; over any axis of tokens under `jax.shard_map` with every option. The
-  unembedding may be sharded over V on Auto and Explicit meshes with `tile_size=V`, its default
-  wherever it must be.
+  Sharding: arrays may be sharded over the axes before T on Auto and Explicit meshes, with
+  `compact=False`, the default on Explicit ones; over any axis of tokens under `jax.shard_map` with
+  every option. The unembedding may be sharded over V on Auto and Explicit meshes with
+  `tile_size=V`, the default on Explicit ones.
 
   Args:
     hidden: h, the last hidden states, `[..., T, H]` floats; products are of this dtype (of the
@@ -237,7 +237,8 @@ def linear_token_log_probs(
     temperature: > 0, not differentiable.
     bias: b, `[V]`; −inf bans a token, without a softcap.
     softcap: c > 0 for logits c·tanh(logits/c), not differentiable; None for none.
-    chunk_size: how many tokens at a time; 4·chunk_size·V bytes are held. 512 if None.
+    chunk_size: how many tokens at a time; 4·chunk_size·V bytes are held. 512 if None. Unless
+      compact, a chunk is at least one position of every row.
     tile_size: how many entries of the vocabulary at a time; 1024 on CPU, V elsewhere if None.
     compact: whether to skip masked tokens by gathering the others; on CPU if None.
 
@@ -349,10 +350,11 @@ def linear_exact_kl(
     bias: b of the policy, `[V]`.
     ref_bias: b of the reference policy, `[V]`.
     softcap: c > 0 for logits c·tanh(logits/c), for both; None for none.
-    chunk_size: how many tokens at a time; several `[chunk_size, V]` are held.
+    chunk_size: how many tokens at a time, at least one position of every row; several
+      `[chunk_size, V]` are held.
 
   Returns:
-    Divergences in nats, `[..., T]`, ≥ 0.
+    Divergences in nats, `[..., T]`, ≥ 0 up to rounding.
 
   Raises:
     ValueError: where shapes or dtypes do not fit.

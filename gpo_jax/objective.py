@@ -47,8 +47,8 @@ class Objective:
   epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
   once, `jax.vmap` over objectives is a sweep and `jax.grad` through one gives meta-gradients: of
   `beta` and of the numbers of all slots but `advantage` and `weighting`, whose results are data and
-  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. Slots are
-  traced, outside `jax.jit` too.
+  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. The
+  loss's slots are traced, outside `jax.jit` too.
 
   Attributes:
     surrogate: `(log_ratio, advantages) -> objective`, to be maximised; see `gpo_jax.surrogates`.

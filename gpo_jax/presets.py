@@ -154,8 +154,8 @@ def gspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4)
   """GSPO: one ratio per response, the geometric mean of its tokens', clipped as a whole.
 
   Token ratios that disagree between engines or experts average out. Choose it for mixtures of
-  experts and long responses; its clip range is a thousand times narrower than a token's,
-  and one update of a small model may leave it for a third of the responses.
+  experts and long responses; its clip range is hundreds of times narrower than a token's,
+  and one update of a small model may leave it for nearly half of the tokens.
 
   Args:
     epsilon_low: how far a response's ratio may fall.
@@ -408,7 +408,7 @@ def vespo(
 ) -> Objective:
   """VESPO: a smooth kernel of the whole response's ratio, instead of a clip.
 
-  It needs no division by length and fades out responses whose ratio has left 1: bad ones sooner
+  It needs no division by length and fades out responses whose ratio is far from 1: bad ones sooner
   below 1, good ones sooner above. Choose it for asynchronous training with large staleness.
 
   Args:
