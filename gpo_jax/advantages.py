@@ -21,16 +21,22 @@ from gpo_jax._mesh import whole
 from gpo_jax._slots import as_data
 
 
-def _inputs(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _arrays(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array]:
   (rewards,) = _checks.promote(_checks.as_array("rewards", rewards))
   if not rewards.ndim or not rewards.size:
     raise ValueError(f"rewards must be [..., G] and not empty; got shape {list(rewards.shape)}")
   counts = jnp.ones_like(rewards) if where is None else _checks.as_array("where", where)
   _checks.like_first(rewards=rewards, where=counts)
   where = jnp.asarray(counts).astype(bool)
-  # A reward of ±∞ is as loud as NaN: by every formula it takes its whole group with it.
-  rewards = jnp.where(where, jax.lax.stop_gradient(rewards), 0)
-  rewards = jnp.where(jnp.isfinite(rewards), rewards, jnp.nan)
+  return jnp.where(where, jax.lax.stop_gradient(rewards), 0), where
+
+
+def _inputs(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+  rewards, where = _arrays(rewards, where)
+  # NaN and ±∞ take their whole group with them, by every formula. Said outright, because XLA's
+  # maximum over 4096 numbers on CPU may overlook a NaN.
+  bad = jnp.any(~jnp.isfinite(rewards), axis=-1, keepdims=True)
+  rewards = jnp.where(bad & where, jnp.nan, rewards)
   count = jnp.sum(where.astype(rewards.dtype), axis=-1, keepdims=True)
   return rewards, where, jnp.maximum(count, 1)
 
@@ -69,11 +75,12 @@ def center(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
 def _divide_by_std(centered, where, count, ddof, eps) -> jax.Array:
   # In units of the largest deviation neither 1e30 nor 1e-30 leaves float32's range when squared.
   scale = jnp.max(jnp.abs(centered), axis=-1, keepdims=True, where=where, initial=0)
+  equal = ~jnp.any(where & (centered != 0), axis=-1, keepdims=True)
   unit = jnp.where(scale == 0, 1, scale)
   square = jnp.sum(jnp.where(where, centered / unit, 0) ** 2, axis=-1, keepdims=True)
   std = scale * jnp.sqrt(square / jnp.maximum(count - ddof, 1))
   # Equal rewards are 0/0 with eps = 0; a NaN is not equal to 0 and stays.
-  return jnp.where(where & (scale != 0), centered / jnp.where(scale == 0, 1, std + eps), 0)
+  return jnp.where(where & ~equal, centered / jnp.where(equal, 1, std + eps), 0)
 
 
 def standardize(
@@ -176,7 +183,7 @@ def batch_standardize(
 
   Reference: Hu et al. (2025, REINFORCE++), arXiv:2501.03262.
   """
-  rewards, where, _ = _inputs(rewards, where)
+  rewards, where = _arrays(rewards, where)
   flat = standardize(rewards.ravel(), where.ravel(), ddof=ddof, eps=eps)
   return flat.reshape(rewards.shape)
 
@@ -229,7 +236,7 @@ def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   best = jax.nn.one_hot(jnp.argmax(ranked, axis=-1), rewards.shape[-1], dtype=bool)
   second = jnp.max(shifted, axis=-1, keepdims=True, where=where & ~best, initial=-jnp.inf)
   others = shifted - shifted  # 0, or NaN
-  return jnp.where(where, jnp.where(best & (count > 1), -second, others), 0)
+  return jnp.where(where, jnp.where(best & (count > 1), others - second, others), 0)
 
 
 def optimal_baseline(
@@ -347,7 +354,7 @@ def by_group(
     raise ValueError(f"advantage must be a function; got {advantage!r:.60}")
   if getattr(advantage, "func", advantage) in (batch_standardize, decoupled):
     raise ValueError("the advantage is over the whole batch, not over groups: leave group_ids out")
-  rewards, where, _ = _inputs(rewards, where)
+  rewards, where = _arrays(rewards, where)
   remedy = "number the groups, np.unique(group_ids, return_inverse=True)[1]"
   group_ids = _checks.as_ids("group_ids", group_ids, remedy)
   _checks.like_first(rewards=rewards, group_ids=group_ids)

@@ -95,9 +95,11 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
 def _of_ratio(ratio: jax.Array, mask: jax.Array, count: jax.Array) -> dict[str, jax.Array]:
   mean, square = jnp.sum(ratio) / count, jnp.sum(ratio**2) / count
   some = jnp.any(mask)
+  # XLA's maximum of many numbers on CPU may overlook a NaN; a sum does not.
+  nan = mean - mean
   return {
     "ratio_mean": mean,
-    "ratio_max": jnp.max(ratio),
-    "ratio_min": jnp.where(some, jnp.min(jnp.where(mask, ratio, jnp.inf)), 0),
+    "ratio_max": jnp.max(ratio) + nan,
+    "ratio_min": jnp.where(some, jnp.min(jnp.where(mask, ratio, jnp.inf)), 0) + nan,
     "effective_sample_size": mean**2 / jnp.where(some, square, 1),
   }

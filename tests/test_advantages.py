@@ -175,6 +175,22 @@ def test_a_reward_that_is_not_finite_makes_nan_of_its_group_unless_left_out(fn, 
 
 
 @pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
+@pytest.mark.parametrize("compile", [lambda fn: fn, jax.jit])
+def test_a_nan_in_a_large_batch_is_not_overlooked(fn, compile):
+  if fn is optimal_baseline:
+    fn = Partial(adv.optimal_baseline, lengths=jnp.ones((256, 16)))
+  rewards = np.random.default_rng(0).random((256, 16)).astype(np.float32)
+  rewards[100, 3] = np.nan
+  bad = np.isnan(compile(fn)(rewards))
+  assert bad[100].all()
+  assert bad.all() == (fn is adv.batch_standardize)
+  grouped = adv.by_group(adv.standardize, rewards[:8].ravel(), np.arange(128) % 3)
+  assert not np.isnan(grouped).any()
+  grouped = adv.by_group(adv.standardize, rewards[96:104].ravel(), np.arange(128) % 3)
+  np.testing.assert_array_equal(np.isnan(grouped), np.arange(128) % 3 == (4 * 16 + 3) % 3)
+
+
+@pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
 def test_no_gradient_and_no_nan_inside(fn):
   with jax.debug_nans(True):
     np.testing.assert_array_equal(jax.grad(lambda r: jnp.sum(fn(r) ** 2))(REWARDS), 0 * REWARDS)

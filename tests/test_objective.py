@@ -875,6 +875,15 @@ def test_metrics_of_a_cut_batch(name):
     np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-7, err_msg=key)
 
 
+def test_no_metric_of_a_ratio_overlooks_a_nan():
+  old = np.zeros((1, 8, 1024), np.float32)
+  rollout = gpo.dapo().prepare(np.arange(8.0)[None], np.ones_like(old), old)
+  _, terms = gpo.dapo()(jnp.asarray(old).at[0, 3, 17].set(jnp.nan), rollout)
+  metrics = jax.jit(gpo.summarize)(terms, rollout)
+  names = ("ratio_mean", "ratio_max", "ratio_min", "effective_sample_size", "old_kl", "loss")
+  assert all(jnp.isnan(metrics[name]) for name in names)
+
+
 def test_bad_terms():
   objective = gpo.grpo()
   rollout = BATCH.prepare(objective)

@@ -533,9 +533,7 @@ def draw_batch(s, rng):
   if s["kind"] == "log_probs" and some.any() and rng.random() < 0.05:
     k["poisoned"], bad = True, [np.nan, np.inf, -np.inf][rng.integers(3)]
     arrays = [(a["x"][0], mask), (a["old"], mask)] if s["old"] else [(a["x"][0], mask)]
-    # A defect: on CPU XLA's maximum of 4096 numbers drops NaN, and these advantages with it.
-    if s["advantage"] not in (*STANDARDS, "pass_at_k"):
-      arrays.append((a["rewards"], np.broadcast_to(some, size)))
+    arrays.append((a["rewards"], np.broadcast_to(some, size)))
     array, here = pick(arrays)
     array[tuple(rng.permutation(np.argwhere(here))[0])] = bad
   for slot, name in [*((slot, s[slot]) for slot in SLOTS), *((c, c) for c in s["corrections"])]:
