@@ -240,6 +240,21 @@ def test_a_comparison_starts_every_arm_alike(tmp_path, as_users_run, monkeypatch
     assert len({row[key] for row in rows}) == 1
 
 
+@pytest.mark.slow
+def test_a_configuration_determines_a_run(as_users_run, monkeypatch):
+  monkeypatch.setattr(experiment, "Policy", SmallPolicy)
+
+  def numbers(seed):
+    record = experiment.Record(dataclasses.replace(TINY, steps=3, seed=seed, arms=("gpo",)))
+    experiment.run(record)
+    rows = [row for arm in record.arms.values() for row in arm.updates + arm.evaluations]
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
+
+  first = numbers(seed=5)
+  np.testing.assert_equal(numbers(seed=5), first)
+  assert numbers(seed=6) != first
+
+
 @pytest.mark.parametrize(
   ("flags", "arms"),
   [

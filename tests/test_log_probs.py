@@ -259,6 +259,18 @@ def test_an_objective_s_numbers_are_differentiable():
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), found, expected)
 
 
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_a_loss_may_be_a_part_of_another(preset):
+  objective = PRESETS[preset]
+  arguments = (objective, HIDDEN_STATES, UNEMBEDDING, BIAS, near(objective))
+  found, expected = (
+    jax.grad(lambda *a, loss=loss: -3 * loss(*a), argnums=(0, 1, 2, 3))(*arguments)
+    for loss in (linear_loss, plain_loss)
+  )
+  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    assert relative_error(x, y) < 1e-4
+
+
 def test_no_gradient_reaches_the_rollout():
   objective = PRESETS["grpo"]
   rollout = near(objective).replace(mask=jnp.asarray(MASK, jnp.float32))
@@ -449,13 +461,14 @@ def test_what_is_not_differentiable_says_so(preset):
   with pytest.raises(NotImplementedError, match="first derivatives only"):
     jax.jvp(jax.grad(loss), (HIDDEN_STATES,), (HIDDEN_STATES,))
 
-  def of(temperature):
+  def of(setting):
     return gpo.linear_loss(
-      objective, HIDDEN_STATES, UNEMBEDDING, TOKENS, rollout, temperature=temperature
+      objective, HIDDEN_STATES, UNEMBEDDING, TOKENS, rollout, **SETTINGS | setting
     )[0]
 
-  with pytest.raises(NotImplementedError, match="temperature and softcap are not diff"):
-    jax.grad(of)(1.0)
+  for name, value in SETTINGS.items():
+    with pytest.raises(NotImplementedError, match="temperature and softcap are not diff"):
+      jax.grad(of)({name: value})
 
 
 def test_a_temperature_may_change_without_a_new_trace():

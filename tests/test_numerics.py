@@ -166,3 +166,24 @@ def test_sums_of_earlier_tokens_start_anew_in_each_segment():
     [sum(row[j] for j in range(t) if i[j] == i[t]) for t in range(23)] for row, i in zip(x, ids)
   ]
   np.testing.assert_array_equal(_segments.earlier(jnp.asarray(x), jnp.asarray(ids)), expected)
+
+
+def test_a_penalty_at_a_masked_token_is_not_seen():
+  rollout = gpo.Rollout(jnp.ones(()), jnp.array([1, 0, 1]), jnp.ones(3))
+
+  def loss(log_ratio, kl):
+    return jnp.sum(gpo.divergences.sequence_exact(kl, log_ratio, rollout))
+
+  value, gradient = jax.value_and_grad(loss)(jnp.zeros(3), jnp.array([1.0, jnp.nan, 2.0]))
+  assert value == 3
+  np.testing.assert_array_equal(gradient, [2, 0, 0])
+  clean = jax.grad(loss, 1)(jnp.zeros(3), jnp.ones(3))
+  np.testing.assert_array_equal(clean, [1, 0, 1])
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [-9.0, 0.0, 9.0])
+def test_a_nan_clip_of_a_level_is_never_hidden(advantage, log_ratio):
+  rollout = gpo.Rollout(jnp.asarray(advantage), jnp.ones(2), jnp.ones(2))
+  clipped = gpo.levels.geometric(jnp.full(2, log_ratio), rollout, clip=jnp.nan)
+  assert jnp.isnan(clipped).all()

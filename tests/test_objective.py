@@ -431,6 +431,16 @@ def test_a_nan_setting_of_a_correction_is_never_hidden(correction, setting):
   assert jnp.isnan(factor[BATCH.mask]).any()
 
 
+@pytest.mark.parametrize("drift", [-200.0, 200.0])
+def test_a_response_far_off_weighs_what_it_would_at_the_bound(drift):
+  far = np.full((2, 3), drift / 3, np.float32)
+  rollout = gpo.Rollout(jnp.array([1.0, -1.0]), jnp.ones((2, 3)), jnp.ones((2, 3)), 0 * far)
+  weights = np.stack([corrections.vespo(far, rollout)[:, 0], corrections.topr(far, rollout)[:, 0]])
+  w = np.exp(np.sign(drift) * 20)
+  vespo = w ** np.array([2.0, 3.0]) * np.exp(np.array([3.0, 2.0]) * (1 - w))
+  np.testing.assert_allclose(weights, [vespo, [1, min(w, 1)]], rtol=1e-4)
+
+
 def test_importance_weights_by_hand():
   data, mask = BATCH, BATCH.mask
   rollout = data.prepare(gpo.dapo())
@@ -462,6 +472,24 @@ def test_binary_kl_mask_by_hand():
   assert 0 < keep.mean() < 1
   certain = corrections.binary_kl_mask(jnp.zeros((1, 200)), rollout, threshold=0.05)
   assert jnp.isfinite(certain).all()
+
+
+def test_a_token_at_the_limit_of_the_covariances_is_kept():
+  log_probs = jnp.array([[-0.1, -3.0], [-1.0, -1.2]])
+  rollout = gpo.Rollout(jnp.array([2.0, -2.0]), jnp.ones((2, 2)), jnp.ones((2, 2)))
+  kept = {x: corrections.covariance_mask(log_probs, rollout, fraction=x) for x in (0.0, 1 / 3)}
+  np.testing.assert_array_equal(kept[0.0], 1)
+  np.testing.assert_array_equal(kept[1 / 3], [[0, 1], [1, 1]])
+
+
+def test_terms_carry_no_gradient():
+  rollout = BATCH.prepare(gpo.grpo())
+
+  def norm(log_probs):
+    _, terms = gpo.grpo()(log_probs, rollout)
+    return sum(jnp.sum(x) for x in jax.tree.leaves(terms) if x.dtype == log_probs.dtype)
+
+  np.testing.assert_array_equal(jax.grad(norm)(BATCH.log_probs), 0)
 
 
 def test_statistics_over_the_batch_survive_cutting_as_data():

@@ -205,12 +205,21 @@ def test_packed_rows_count_each_response(example):
   assert relative_error(evaluate("grpo", packed)[2], gradient) > 0.1
 
 
-@pytest.mark.parametrize("weighting", ["token_mean", "sequence_mean", "sequence_sum"])
+@pytest.mark.parametrize(
+  "weighting",
+  [
+    gpo.weightings.token_mean,
+    gpo.weightings.sequence_mean,
+    gpo.weightings.sequence_sum,
+    partial(gpo.weightings.constant_length, length=8),
+    gpo.weightings.token_sum,
+  ],
+)
 def test_sums_and_denominators_of_microbatches_add_up(example, weighting, monkeypatch):
   # A stand-in with the fields of later versions; the newest release is without them.
   Metric = dataclasses.make_dataclass("WeightedMetric", ["unreduced_sum", "denominator"])
   Output = dataclasses.make_dataclass("LossOutput", ["primary_loss", "aux_metrics"])
-  whole = grpo_with(getattr(gpo.weightings, weighting))
+  whole = grpo_with(weighting)
   register("pair", whole)
   expected, *_ = evaluate("pair", example)
   for kind in (Metric, Output):
@@ -227,6 +236,10 @@ def test_sums_and_denominators_of_microbatches_add_up(example, weighting, monkey
 
   losses = np.array([sum_and_denominator(Policy(0), piece) for piece in pieces])
   total, denominator = np.sum(losses, axis=0)
+  if weighting is gpo.weightings.token_sum:  # a sum has no denominator: averaged
+    assert denominator == len(pieces)
+    assert total == pytest.approx(expected, rel=1e-5)
+    return
   assert total / denominator == pytest.approx(expected, rel=1e-5)
   mean = np.mean(losses[:, 0] / losses[:, 1])
   assert mean != pytest.approx(expected, rel=1e-3)
