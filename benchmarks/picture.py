@@ -7,7 +7,7 @@ from benchmarks import linear
 # Okabe and Ito's, which the colour-blind tell apart; markers differ too.
 STYLES = {
   linear.LINES[0]: {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-  linear.LINES[1]: {"color": "#56B4E9", "marker": "^", "linestyle": "-"},
+  linear.LINES[1]: {"color": "#56B4E9", "marker": "^", "markersize": 13, "linestyle": "-"},
   linear.LINES[2]: {"color": "#0072B2", "marker": "o", "linestyle": "-"},
 }
 
@@ -19,11 +19,12 @@ def _points(results: list[dict], name: str, value) -> list[tuple[int, float]]:
 
 def _panel(axes, results: list[dict], value, title: str, unit: str) -> None:
   for name, style in STYLES.items():
-    axes.plot(*zip(*_points(results, name, value), strict=True), label=name, **style)
+    axes.plot(*zip(*_points(results, name, value), strict=True), label=name.replace("plain path", "logits in memory"), **style)
   ticks = sorted(r["size"]["vocabulary"] for r in results)
   axes.set_xticks(ticks, [f"{size:,}" for size in ticks], fontsize=11)
   axes.set_xlabel("size of the vocabulary")
   axes.set_ylabel(unit)
+  axes.margins(y=0.1)
   axes.set_ylim(bottom=0)
   axes.set_title(title, fontsize=13)
   axes.grid(alpha=0.3)
@@ -45,7 +46,7 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
       results,
       lambda row: row["ratios"]["matmul3"],
       "Time",
-      "of the matrix products alone",
+      "time / that of the matrix products",
     )
     time.axhline(1, color="0.4", linewidth=1)
     _panel(memory, results, lambda row: row["temporary_bytes"] / 1e6, "Temporary memory", "MB")

@@ -108,9 +108,9 @@ def check_combination(slots: Any) -> None:
   if mixed and not slots.allow_token_weighting:
     raise ValueError(
       f"level={describe(slots.level)} gives every token its response's ratio, so that "
-      f"weighting={describe(slots.weighting)} would count a response once per token. Use "
-      "weightings.sequence_mean (GSPO), weightings.sequence_sum (LUSPO) or "
-      "levels.sequence_token, or set allow_token_weighting=True"
+      f"weighting={describe(slots.weighting)} would weigh a response by its length. If "
+      "that is meant, use weightings.sequence_sum (LUSPO) or set allow_token_weighting=True; else "
+      "use weightings.sequence_mean (GSPO) or levels.sequence_token"
     )
 
 

@@ -21,7 +21,7 @@ SETTINGS = {"temperature": 0.7, "softcap": 3.0}
 TILINGS = {
   "compact": {"chunk_size": 7, "tile_size": 10, "compact": True},
   "compact, one chunk": {"chunk_size": 500, "tile_size": 10, "compact": True},
-  "slices": {"chunk_size": 64, "tile_size": 20, "compact": False},
+  "slices": {"chunk_size": 128, "tile_size": 20, "compact": False},
   "slices, one tile": {"chunk_size": 48, "tile_size": VOCABULARY, "compact": False},
   "default": {},
 }

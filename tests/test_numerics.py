@@ -33,6 +33,21 @@ def test_exp_excess_and_its_slope_to_rounding(transform):
   assert worst(slope, np.expm1(POINTS.astype(np.longdouble))) < 5e-7
 
 
+@pytest.mark.parametrize("name", ["k3", "straight_through", "unbiased"])
+def test_divergences_by_k3_are_exact_to_rounding(name):
+  rollout = gpo.Rollout(jnp.ones(()), jnp.ones(POINTS.shape), jnp.ones(POINTS.shape))
+  on_policy = jax.jit(getattr(gpo.divergences, name))(POINTS, 0 * POINTS, rollout)
+  assert worst(on_policy, exact(-POINTS)) < 5e-7
+
+
+@pytest.mark.parametrize("name", ["chi2_minus_kl", "forward_kl"])
+def test_divergences_by_reversed_k3_are_exact_to_rounding(name):
+  rollout = gpo.Rollout(jnp.ones(()), jnp.ones(POINTS.shape), jnp.ones(POINTS.shape))
+  log_ratio = POINTS if name == "forward_kl" else 0 * POINTS  # its weight is π_ref/π_old
+  found = jax.jit(getattr(gpo.divergences, name))(POINTS, log_ratio, rollout)
+  assert worst(found, exact(POINTS)) < 5e-7
+
+
 def test_the_textbook_forms_fail_where_ours_holds():
   small = POINTS[np.abs(POINTS) < 1e-3]
   assert worst(np.exp(small) - small - 1, exact(small)) > 1
@@ -183,7 +198,11 @@ def test_a_penalty_at_a_masked_token_is_not_seen():
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 @pytest.mark.parametrize("log_ratio", [-9.0, 0.0, 9.0])
-def test_a_nan_clip_of_a_level_is_never_hidden(advantage, log_ratio):
+def test_a_nan_clip_is_never_hidden(advantage, log_ratio):
   rollout = gpo.Rollout(jnp.asarray(advantage), jnp.ones(2), jnp.ones(2))
-  clipped = gpo.levels.geometric(jnp.full(2, log_ratio), rollout, clip=jnp.nan)
-  assert jnp.isnan(clipped).all()
+  level = gpo.levels.geometric(jnp.full(2, log_ratio), rollout, clip=jnp.nan)
+  surrogate = gpo.surrogates.clip(log_ratio, jnp.asarray(advantage), epsilon_low=jnp.nan)
+  cap = gpo.surrogates.clip(log_ratio, jnp.asarray(advantage), max_ratio=jnp.nan)
+  assert jnp.isnan(level).all()
+  assert jnp.isnan(surrogate)
+  assert jnp.isnan(cap) or (advantage > 0 and log_ratio > 0)  # clipped before the cap

@@ -482,6 +482,19 @@ def test_a_token_at_the_limit_of_the_covariances_is_kept():
   np.testing.assert_array_equal(kept[1 / 3], [[0, 1], [1, 1]])
 
 
+def test_covariances_are_over_active_tokens():
+  lengths = BATCH.mask.sum(-1, keepdims=True).astype(np.float32)  # long responses are better
+  rollout = BATCH.prepare(gpo.dapo()).replace(advantages=lengths)
+  kept = np.asarray(corrections.covariance_mask(BATCH.log_probs, rollout, fraction=0.2))[BATCH.mask]
+  advantages = np.broadcast_to(lengths, BATCH.mask.shape)[BATCH.mask]
+  log_probs = BATCH.log_probs[BATCH.mask]
+  covariances = (log_probs - log_probs.mean()) * (advantages - advantages.mean())
+  np.testing.assert_array_equal(kept, covariances <= np.quantile(covariances, 0.8))
+  # The control: a mean over responses drops other tokens.
+  wrong = (log_probs - log_probs.mean()) * (advantages - lengths.mean())
+  assert np.any(kept != (wrong <= np.quantile(wrong, 0.8)))
+
+
 def test_terms_carry_no_gradient():
   rollout = BATCH.prepare(gpo.grpo())
 
