@@ -19,7 +19,11 @@ def _points(results: list[dict], name: str, value) -> list[tuple[int, float]]:
 
 def _panel(axes, results: list[dict], value, title: str, unit: str) -> None:
   for name, style in STYLES.items():
-    axes.plot(*zip(*_points(results, name, value), strict=True), label=name.replace("plain path", "logits in memory"), **style)
+    axes.plot(
+      *zip(*_points(results, name, value), strict=True),
+      label=name.replace("plain path", "logits in memory"),
+      **style,
+    )
   ticks = sorted(r["size"]["vocabulary"] for r in results)
   axes.set_xticks(ticks, [f"{size:,}" for size in ticks], fontsize=11)
   axes.set_xlabel("size of the vocabulary")
