@@ -86,5 +86,5 @@ build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## Remove what was built, the virtual environment included
-	rm -rf $(VENV) .venv-lowest .venv-peers dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis demo-output
+	rm -rf $(VENV) .venv-lowest .venv-peers dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis bench-output demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

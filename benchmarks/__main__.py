@@ -1,4 +1,7 @@
-"""`python -m benchmarks`: prints tables; writes `results.json` and `results.png`."""
+"""`python -m benchmarks`: prints tables; writes `results.json` and a picture.
+
+What is beside this file was written by `--out benchmarks`, and RESULTS.md holds its tables.
+"""
 
 import argparse
 import json
@@ -11,8 +14,7 @@ import jax
 from benchmarks import accuracy, linear, picture, report
 from benchmarks.measure import WORKLOADS, Options, add_peaks, measure
 
-HERE = pathlib.Path(__file__).parent
-PEERS = HERE.parent / ".venv-peers" / "bin" / "python"
+PEERS = pathlib.Path(__file__).parent.parent / ".venv-peers" / "bin" / "python"
 
 
 def arguments() -> argparse.Namespace:
@@ -22,7 +24,9 @@ def arguments() -> argparse.Namespace:
   parser.add_argument("--least", type=int, default=3, help="rounds of each table")
   parser.add_argument("--quick", action="store_true", help="small sizes: whether it works")
   parser.add_argument("--peers", default=str(PEERS) if PEERS.exists() else "", help="interpreter")
-  parser.add_argument("--out", type=pathlib.Path, default=HERE, help="where files go")
+  parser.add_argument(
+    "--out", type=pathlib.Path, default=pathlib.Path("bench-output"), help="where files go"
+  )
   args = parser.parse_args()
   args.only = args.only.split(",")
   if unknown := set(args.only) - {*WORKLOADS, "D"}:

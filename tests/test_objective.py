@@ -495,6 +495,21 @@ def test_covariances_are_over_active_tokens():
   assert np.any(kept != (wrong <= np.quantile(wrong, 0.8)))
 
 
+@pytest.mark.parametrize(
+  "name", ["token", "sequence", "sequence_token", "sequence_sum", "geometric"]
+)
+def test_a_divergence_sees_token_ratios_whatever_the_level(name):
+  level, weighting = getattr(gpo.levels, name), gpo.weightings.sequence_mean
+  changes = {"level": level, "weighting": weighting, "divergence": gpo.divergences.unbiased}
+  objective = gpo.dapo().replace(**changes, beta=0.1)
+  rollout = BATCH.prepare(objective)
+  _, terms = objective(BATCH.log_probs, rollout)
+  delta, d = BATCH.log_probs - BATCH.ref_log_probs, BATCH.log_probs - BATCH.old_log_probs
+  expected = np.exp(d) * (np.exp(-delta) + delta - 1)
+  found = np.asarray(terms.divergence)[BATCH.mask]
+  np.testing.assert_allclose(found, expected[BATCH.mask], rtol=1e-3, atol=1e-6)
+
+
 def test_terms_carry_no_gradient():
   rollout = BATCH.prepare(gpo.grpo())
 
