@@ -415,6 +415,8 @@ def test_clipped_values_are_the_written_ones():
     log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.3, bound=2.5
   )
   np.testing.assert_allclose(value, dual, rtol=1e-12)
+  wide = gpo.surrogates.dual_clip(np.log(4.0), 1.0, epsilon_high=5.0, bound=2.5)
+  np.testing.assert_allclose(wide, 4.0, rtol=1e-6)  # no bound on good samples
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 3e-4, 0.1, 0.2, 0.28, 0.9])
