@@ -495,6 +495,15 @@ def test_covariances_are_over_active_tokens():
   assert np.any(kept != (wrong <= np.quantile(wrong, 0.8)))
 
 
+def test_a_function_of_ones_own_may_be_undefined_in_the_padding():
+  logarithm = lambda log_ratio, advantages: jnp.log(jnp.abs(log_ratio)) * advantages  # −∞ at 0
+  inverse = lambda ref_log_ratio, log_ratio, rollout: 1 / ref_log_ratio
+  objective = gpo.dapo().replace(surrogate=logarithm, divergence=inverse, beta=0.1)
+  value, gradient = run(objective)
+  assert np.isfinite(value)
+  assert np.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize(
   "name", ["token", "sequence", "sequence_token", "sequence_sum", "geometric"]
 )
