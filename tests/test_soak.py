@@ -25,8 +25,8 @@ STRUCTURES = int(os.environ.get("GPO_SOAK_STRUCTURES", "210"))
 BATCHES = 48
 CPU_SECONDS = 960 * STRUCTURES / 210  # 8 minutes on two idle cores; neighbours do not count
 STEPS = int(os.environ.get("GPO_SOAK_STEPS", "300"))
-LEAKING = 40  # updates whose states, 1.2 MB each, are kept, as a control
-MEMORY = 24.0  # MiB: half of what the control keeps
+LEAKING = 100  # updates whose states, 1.2 MB each, are kept, as a control
+MEMORY = 24.0  # MiB: the control keeps 120, of which some fits in memory that was freed before
 VOCABULARY, HIDDEN = 7, 3
 DIRECTIONS = 6  # in which gradients are compared
 
