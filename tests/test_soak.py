@@ -300,7 +300,7 @@ def test_a_long_run_on_ever_staler_samples():
   print(f"\n{figures}")
   (early, arrays), (late, arrays_late), (leaking, arrays_leaking) = figures["memory"]
   assert figures["compiled"] == 1
-  assert arrays_late == arrays
+  assert arrays_late <= arrays
   assert late - early < MEMORY
   assert figures["stalest"] > 1.5  # the ratios say that samples were stale
   assert leaking - late > MEMORY  # the control: states that are kept are seen
