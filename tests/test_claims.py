@@ -1,11 +1,10 @@
-"""Claims of README, docs and docstrings that no other test would miss: found and expected."""
+"""Claims of the README, the pages and the docstrings that no other test would miss."""
 
 import inspect
 import math
 import pathlib
 import re
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,186 +14,402 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
-from gpo_jax import _linear, advantages, corrections, divergences, levels, weightings
+from gpo_jax import _linear, advantages, corrections, divergences, levels, log_probs, weightings
 from gpo_jax.demo.config import Config
-from tests import test_divergences as enumerated
-from tests.batches import PRESETS, batch, value_and_grad
+from tests import test_divergences as enumeration
+from tests.batches import PRESETS, batch, relative_error, value_and_grad
+from tests.test_log_probs import temporaries
 
-DATA = batch()
-MASK, X, DAPO, GRPO = DATA.mask, jnp.asarray(DATA.log_probs), gpo.dapo(), gpo.grpo(beta=0.3)
-RNG, BF16 = np.random.default_rng(0), jnp.finfo(jnp.bfloat16)
-HIDDEN, HEAD = (jnp.asarray(RNG.normal(size=n), jnp.float32) for n in ((*MASK.shape, 4), (7, 4)))
-TOKENS = jnp.asarray(RNG.integers(0, 7, MASK.shape))
-ITS_SUM = partial(weightings.constant_length, length=1.0), weightings.sequence_sum
-RULES = [weightings.token_mean, weightings.sequence_mean, weightings.token_sum, *ITS_SUM]
-# fmt: off
+BATCH = batch()
+LOG_PROBS = jnp.asarray(BATCH.log_probs)
 ROOT = pathlib.Path(__file__).parent.parent
-README, PAGE = ((ROOT / name).read_text() for name in ("README.md", "docs/migrating.md"))
-MIGRATING = re.findall(r"`((?:partial\(|gpo\.|lambda r)[^`]*)`", PAGE)
-CORRECTIONS = [partial(f, **{"threshold": 0.1} if "threshold"
-  in inspect.signature(f).parameters else {}) for f in vars(corrections).values()
-  if inspect.isfunction(f) and f.__module__ == corrections.__name__ and f.__name__[0] != "_"]
-square = lambda tree: sum(jnp.sum(x * x) for x in jax.tree.leaves(tree))
-seen = lambda *x: gpo.gspo().replace(divergence=lambda r, d, _: d, beta=1.0)(*row(1.0, *x))[1]
-vespo = lambda a, ratios: [corrections.vespo(*row(a, np.log(w)))[0] for w in ratios]
-kl_of = lambda n: lambda h, w: jnp.sum(gpo.linear_exact_kl(h, w, 2 * h, w, chunk_size=n))
-MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-prepared = DATA.prepare
-loss = lambda o, rollout=None, **changes: value_and_grad(o, X, rollout or prepared(o, **changes))
-counts = lambda o, rollout: gpo.summarize(o(X, rollout)[1], rollout)["clip_fraction"]
-memory = lambda f, *shapes: (jax.jit(f).lower(*map(jnp.zeros, shapes)).compile()
-  .memory_analysis().temp_size_in_bytes)
-# fmt: on
 
 
-def row(advantage, *log_probs):
-  """Log-probabilities of one response, and its rollout, whose others are 0."""
-  x = jnp.array(log_probs)
-  return x, gpo.Rollout(jnp.full((), advantage), 0 * x + 1, 0 * x + 1, 0 * x, 0 * x)
+def run(objective, **changes):
+  return value_and_grad(objective, LOG_PROBS, BATCH.prepare(objective, **changes))
 
 
-def slope_of_max_rl(success, size):
-  """The derivative of what `max_rl` maximises in the chance of success."""
-  k = np.arange(size + 1)
-  rewards = (np.arange(size) < k[:, None]).astype(np.float32)
-  chance = [math.comb(size, j) * success**j * (1 - success) ** (size - j) for j in k]
-  score = np.where(rewards == 1, 1 / success, -1 / (1 - success))
-  return np.dot(chance, np.mean(advantages.max_rl(rewards) * score, axis=-1))
+def response(advantage, *values):
+  """One response's log-probabilities, and its rollout, in which all others are 0."""
+  x = jnp.array(values)
+  rollout = gpo.Rollout(
+    advantages=jnp.array(advantage),
+    mask=jnp.ones_like(x),
+    weights=jnp.ones_like(x),
+    old_log_probs=jnp.zeros_like(x),
+    ref_log_probs=jnp.zeros_like(x),
+  )
+  return x, rollout
 
 
-def sizes(backend):
-  head = _linear.Head(jnp.zeros((5000, 4)), None, None, jnp.ones(()))
-  with mock.patch.object(jax, "default_backend", return_value=backend):
-    return tuple(inspect.getmodule(gpo.linear_loss)._tiling(HIDDEN, head, None, None, None))
+def text_of(page):
+  """A page of the documentation, its lines joined."""
+  return " ".join((ROOT / page).read_text().split())
 
 
-def seen_in_padding():
-  """A divergence of every field, over NaN in the padding."""
-
-  def every(r, d, rollout):
-    assert rollout.mask.dtype == bool
-    return r + d + sum(x for x in vars(rollout).values() if x is not None and x.dtype != bool)
-
-  dirty = jnp.where(MASK, X, jnp.nan)
-  names = ("old_log_probs", "ref_log_probs", "sampler_log_probs")
-  rollout = prepared(GRPO, mask=MASK.astype(int), **dict.fromkeys(names, dirty))
-  rollout = rollout.replace(advantages=dirty, factor=dirty, weights=dirty)
-  return GRPO.replace(divergence=every)(dirty, rollout)[1].divergence[~MASK]
+# --- advantages
+# --------------------------------------------------------------------------------------
 
 
-def kl_of_responses_is_exact(weighting):
-  """Of a loss by `sequence_unbiased`, on batches of one response each: value, gradient."""
-  logits, old, ref = enumerated.tables(0)
-  weights = jax.vmap(weighting)(jnp.asarray(enumerated.MASK)[:, None])[:, 0]
-  weights *= jnp.exp(enumerated.response_log_probs(old))[:, None]
-  others = map(enumerated.token_log_probs, (old, ref))
-  rollout = gpo.Rollout(jnp.zeros(len(weights)), enumerated.MASK, weights, *others)
+def test_pass_at_k_gives_nothing_to_a_shared_first_place():
+  np.testing.assert_array_equal(advantages.pass_at_k([2.0, 2.0, 1.0]), 0)
+
+
+def test_max_rl_climbs_the_logarithm_of_the_chance_of_success():
+  size, success = 300, 0.3
+  slope = 0.0
+  for k in range(size + 1):
+    chance = math.comb(size, k) * success**k * (1 - success) ** (size - k)
+    rewards = np.array([1.0] * k + [0.0] * (size - k), np.float32)
+    score = np.where(rewards == 1, 1 / success, -1 / (1 - success))
+    slope += chance * np.mean(advantages.max_rl(rewards) * score)
+  np.testing.assert_allclose(slope, 1 / success, rtol=1e-5)
+
+
+def test_groups_by_id_hold_64_values_per_sample_at_a_time():
+  samples = 4096
+  standardize = partial(advantages.by_group, advantages.standardize)
+  memory = temporaries(lambda r: standardize(r, jnp.arange(samples) // 8), (samples,))
+  assert memory < 8 * 4 * 64 * samples
+
+
+def test_groups_by_id_of_sharded_rewards_are_not_sharded():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+  rewards = jax.device_put(jnp.ones(8), NamedSharding(mesh, P("data")))
+  value = advantages.by_group(advantages.center, rewards, jnp.arange(8))
+  assert not rewards.sharding.is_fully_replicated
+  assert value.sharding.is_fully_replicated
+
+
+# --- levels
+# ------------------------------------------------------------------------------------------
+
+
+def test_geometric_clips_an_advantage_of_0_like_a_negative_one():
+  np.testing.assert_allclose(levels.geometric(*response(0.0, 1.0, -1.0)), 0.3, rtol=1e-6)
+  np.testing.assert_allclose(levels.geometric(*response(-1.0, 1.0, -1.0)), 0.3, rtol=1e-6)
+  np.testing.assert_allclose(levels.geometric(*response(1.0, 1.0, -1.0)), -0.3, rtol=1e-6)
+
+
+def test_a_level_averages_first_and_is_bounded_afterwards():
+  _, terms = gpo.gspo()(*response(1.0, 40.0, -20.0))
+  np.testing.assert_allclose(terms.log_ratio, 10, rtol=1e-6)
+  np.testing.assert_allclose(terms.token_log_ratio, [20, -20], rtol=1e-6)
+
+
+def test_a_levels_number_has_a_gradient(x64):
+  data = batch(dtype=np.float64)
+  rollout = data.prepare(gpo.gmpo())
+  loss = lambda clip: gpo.gmpo(clip=clip)(data.log_probs, rollout)[0]
+  slope = jax.grad(loss)(0.25)
+  numeric = (loss(0.25 + 1e-6) - loss(0.25 - 1e-6)) / 2e-6
+  np.testing.assert_allclose(slope, numeric, rtol=1e-6)
+  assert slope != 0
+
+
+# --- divergences
+# -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("weighting", "exact"),
+  [
+    (weightings.token_mean, False),
+    (weightings.sequence_mean, False),
+    (weightings.token_sum, True),
+    (weightings.sequence_sum, True),
+    (partial(weightings.constant_length, length=1.0), True),
+  ],
+)
+def test_sequence_unbiased_is_exact_where_weights_do_not_depend_on_lengths(weighting, exact, x64):
+  logits, old, ref = enumeration.tables(0)
+  mask = jnp.asarray(enumeration.MASK)
+  weights = jax.vmap(weighting)(mask[:, None])[:, 0]  # each response is a batch of its own
+  rollout = gpo.Rollout(
+    advantages=jnp.zeros(len(mask)),
+    mask=mask,
+    weights=weights * jnp.exp(enumeration.response_log_probs(old))[:, None],
+    old_log_probs=enumeration.token_log_probs(old),
+    ref_log_probs=enumeration.token_log_probs(ref),
+  )
   objective = gpo.gpo(beta=1.0).replace(divergence=divergences.sequence_unbiased)
-  loss = jax.jit(lambda x: objective(enumerated.token_log_probs(x), rollout)[0])
-  found = jax.value_and_grad(loss)(logits)
-  return [enumerated.close(*p) for p in zip(found, enumerated.true_sequence_kl(logits, ref))]
+  loss = lambda logits: objective(enumeration.token_log_probs(logits), rollout)[0]
+  value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+  true_value, true_gradient = enumeration.true_sequence_kl(logits, ref)
+  assert enumeration.close(value, true_value) == exact
+  assert enumeration.close(gradient, true_gradient) == exact
 
 
-def fits_its_slot(code):
-  """Whether an expression of the page on migrating works where it belongs."""
-  known = {"ρ": 0.2, "mask": MASK, "epsilon_high": 4.0, "partial": partial, "gpo": gpo, "jnp": jnp}
-  made = eval(code.replace("weights=…", "weights=[2.0]").replace("…", "2.0"), vars(gpo) | known)
-  if isinstance(made, partial):
-    slot = made.func.__module__.split(".")[1]
-    made = DAPO.replace(**{slot: (made,)} if slot == "corrections" else {slot[:-1]: made})
-  return isinstance(made, gpo.Objective) or callable(made)
+# --- corrections
+# -------------------------------------------------------------------------------------
+
+CORRECTIONS = [
+  function
+  for name, function in inspect.getmembers(corrections, inspect.isfunction)
+  if function.__module__ == corrections.__name__ and not name.startswith("_")
+]
 
 
-# fmt: off
-FACTS = {
-  "pass_at_k, a shared first place": lambda: (advantages.pass_at_k([2.0, 2.0, 1.0]), 0),
-  "max_rl, towards log p": lambda: (slope_of_max_rl(0.3, 300), 1 / 0.3),
-  "geometric, A = 0 as A < 0": lambda: (levels.geometric(*row(0.0, 1.0, -1.0)), 0.3),
-  "weights": lambda: ([jnp.sum(f(m)) for f in RULES[:2] for m in (MASK, 0 * MASK)], [1, 0, 1, 0]),
-  "an id that comes back, advantages": lambda: (
-    DAPO.prepare([[1.0, 0]], [[1] * 3], segment_ids=[[1, 2, 1]]).advantages[0, [0, 2]], 0.7070068),
-  "an id that comes back, weights": lambda: (
-    gpo.grpo().prepare([[1.0, 0]], [[1] * 3], segment_ids=[[1, 2, 1]]).weights, 1 / 3),
-  "a level averages, then is bounded": lambda: (seen(40.0, -20.0).log_ratio, 10),
-  "a divergence sees tokens": lambda: (seen(40.0, -20.0).divergence, [20, -20]),
-  "a slot sees zeros in the padding": lambda: (seen_in_padding(), 0),
-  "the sampler's weights are bounded": lambda: (corrections.mask_importance(
-    jnp.zeros(1), row(1.0, 0.0)[1].replace(sampler_log_probs=-jnp.full(1, 900.0)), high=np.inf),
-    np.exp(20)),
-  "vespo, highest at k/λ": lambda: ([np.argmax(vespo(a, np.array([0.97, 1, 1.03]) * w))
-    for a, w in ((1.0, 2 / 3), (-1.0, 3 / 2))], 1),
-  "vespo, bad ones fade sooner below 1": lambda: (
-    np.less(vespo(-1.0, [0.2, 0.5, 2, 5]), vespo(1.0, [0.2, 0.5, 2, 5])), [1, 1, 0, 0]),
-  "a ban of the reference": lambda: (gpo.exact_kl([[0.0, 0.0]], [[0.0, -np.inf]]), np.inf),
-  "no gradient to the reference's states": lambda: (jnp.concatenate([x.ravel() for x in jax.grad(
-    lambda *x: jnp.sum(gpo.linear_exact_kl(HIDDEN, HEAD, *x[:2], ref_bias=x[2])), (0, 1, 2))(
-    2 * HIDDEN, HEAD[::-1], jnp.arange(7.0))]), 0),
-  "no gradient to a factor": lambda: (jax.grad(
-    lambda f: DAPO(X, prepared(DAPO).replace(factor=f))[0])(X), 0),
-  "no gradient of a correction": lambda: ([jax.grad(lambda x: jnp.sum(f(x, prepared(DAPO, **k))))(X)
-    for f in CORRECTIONS for k in ({}, {"old_log_probs": None})], 0),
-  "no gradient of terms": lambda: ([jax.grad(lambda x: square(o(x, prepared(o))[1]))(X)
-    for o in map(PRESETS.get, ("gpo", "gmpo", "deepseek_v32", "r1", "vespo"))], 0),
-  "no gradient of linear_loss's terms": lambda: ([jax.grad(lambda h: square(
-    gpo.linear_loss(o, h, HEAD, TOKENS, prepared(o))[1]))(HIDDEN) for o in (GRPO, gpo.gspo())], 0),
-  "advantages of any shape": lambda: ([loss(DAPO, prepared(DAPO).replace(
-    advantages=jnp.broadcast_to(prepared(DAPO).advantages, (4, 4, n))[..., i]))[1]
-    for n, i in ((1, 0), (1, slice(1)), (6, slice(6)))], loss(DAPO)[1]),
-  "more axes before G": lambda: (value_and_grad(GRPO, X.reshape(2, 2, 4, 6), jax.tree.map(
-    lambda x: x.reshape(2, 2, *x.shape[1:]), prepared(GRPO)))[1].reshape(4, 4, 6), loss(GRPO)[1]),
-  "a term of one's own by the weights": lambda: (
-    loss(GRPO.replace(divergence=None, beta=None))[1] + jax.grad(lambda x: 0.3 * jnp.sum(
-    prepared(GRPO).weights * divergences.k3(x - DATA.ref_log_probs, None, None), where=MASK))(X),
-    loss(GRPO)[1]),
-  "what is counted as clipped": lambda: ([counts(o, prepared(o, old_log_probs=X - 3)) > 0.2
-    for o in map(PRESETS.get, ("grpo", "cispo", "gmpo", "dppo", "topr"))], [1, 0, 0, 0, 0]),
-  "TRL's RLOO is ours on-policy": lambda: (
-    loss(gpo.r1(beta=None).replace(advantage=advantages.leave_one_out), old_log_probs=X)[1],
-    loss(gpo.rloo(), old_log_probs=X)[1]),
-  "options on the page on migrating": lambda: (
-    [len(MIGRATING) > 20, *map(fits_its_slot, MIGRATING)], True),
-  "bfloat16 beside 1, and its rounding at -1 and -4": lambda: (
-    [BF16.epsneg, BF16.eps, BF16.eps / 2, 2 * BF16.eps], [1 / 256, 2 / 256, 1 / 256, 1 / 64]),
-  "half precision": lambda: ([f(HIDDEN.astype(t)).dtype == np.float32
-    for t in (jnp.bfloat16, jnp.float16) for f in (
-    gpo.token_entropy, lambda x: gpo.exact_kl(x, x),
-    lambda x: gpo.linear_token_log_probs(x, HEAD.astype(x.dtype), TOKENS).entropy)], True),
-  "sizes": lambda: (sizes("cpu") + sizes("gpu"), (512, 1024, True, 512, 5000, False)),
-  "chunks without masked tokens": lambda: ([_linear._Chunks(
-    jnp.asarray(m), _linear.Tiling(5, 7, True)).count for m in (MASK, MASK & False, MASK | True)],
-    [-(-MASK.sum() // 5), 0, -(-MASK.size // 5)]),
-  "log-probabilities are at most 0": lambda: ([jnp.max(f) > 0 for s in (1.0, 30.0, 1e4) for f in (
-    gpo.token_log_probs(s * HIDDEN @ HEAD.T, TOKENS),
-    gpo.linear_token_log_probs(s * HIDDEN, HEAD, TOKENS, tile_size=2).log_probs)], False),
-  "groups by id, 64·N values at a time": lambda: (memory(lambda r: advantages.by_group(
-    advantages.standardize, r, jnp.arange(4096) // 8), (4096,)) < 8 * 4 * 64 * 4096, True),
-  "linear_exact_kl, some chunks of logits": lambda: ([memory(jax.value_and_grad(kl_of(n), (0, 1)),
-    (1, 1024, 8), (8192, 8)) < 8 * 4 * 32 * 8192 for n in (32, 1024)], [True, False]),
-  "groups by id, compiled once": lambda: (np.diff([[advantages.by_group(partial(
-    advantages.standardize, eps=e), DATA.rewards, MASK[..., 0].astype(int)),
-    advantages._of_samples._cache_size()][1] for e in (1e-4, 0.1)]), 0),
-  "by_group on a mesh with Explicit axes": lambda: (advantages.by_group(advantages.center,
-    jax.device_put(jnp.ones(8), NamedSharding(MESH, P("data"))), jnp.arange(8))
-    .sharding.is_fully_replicated, True),
-  "defaults": lambda: ([*corrections.mask_importance.__kwdefaults__.values()][:2], [0.5, 5]),
-  "the demo's recipe": lambda: ("{0.steps} updates of {0.prompts}\nprompts × {0.samples} samples"
-    .format(Config()).replace("\n", " ") in README.replace("\n", " "), True),
-}
-IN_FLOAT64 = {
-  "dtypes": lambda: ([x.dtype.itemsize for x in (prepared(GRPO).weights, *loss(GRPO))], [8, 8, 4]),
-  "exact for responses": lambda: (  # the count of `token_mean` has the response's length in it
-    [kl_of_responses_is_exact(f) for f in RULES], np.array([[0, 0, 1, 1, 1]] * 2).T),
-  "gradients to a level's number": lambda: (*(f(lambda c: gpo.gmpo(clip=c)(
-    X, prepared(gpo.gmpo()))[0]) for f in (lambda f: jax.grad(f)(0.25),
-    lambda f: (f(0.25 + 1e-4) - f(0.25 - 1e-4)) / 2e-4)),),
-}
-# fmt: on
+@pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda correction: correction.__name__)
+@pytest.mark.parametrize("changes", [{}, {"old_log_probs": None}], ids=["stale", "on-policy"])
+def test_a_correction_has_no_gradient(correction, changes):
+  needed = "threshold" in inspect.signature(correction).parameters
+  settings = {"threshold": 0.1} if needed else {}
+  rollout = BATCH.prepare(gpo.dapo(), **changes)
+  total = lambda x: jnp.sum(correction(x, rollout, **settings))
+  np.testing.assert_array_equal(jax.grad(total)(LOG_PROBS), 0)
 
 
-@pytest.mark.parametrize("fact", [*FACTS, *IN_FLOAT64])
-def test_facts(fact, request):
-  if fact in IN_FLOAT64:
-    request.getfixturevalue("x64")
-  found, expected = map(np.asarray, (FACTS | IN_FLOAT64)[fact]())
-  expected = np.broadcast_to(expected, found.shape)
-  np.testing.assert_allclose(found.astype(float), expected, rtol=1e-5, atol=1e-6)
+def test_the_weights_of_the_sampler_are_bounded():
+  x, rollout = response(1.0, 0.0)
+  rollout = rollout.replace(sampler_log_probs=jnp.array([-900.0]))
+  weight = corrections.mask_importance(x, rollout, high=np.inf)
+  np.testing.assert_allclose(weight, np.exp(20), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("advantage", "peak"), [(1.0, 2 / 3), (-1.0, 3 / 2)])
+def test_vespo_is_highest_at_k_over_lambda(advantage, peak):
+  ratios = [0.97 * peak, peak, 1.03 * peak]
+  below, top, above = (corrections.vespo(*response(advantage, math.log(w)))[0] for w in ratios)
+  assert top > below
+  assert top > above
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 2.0, 5.0])
+def test_vespo_fades_bad_responses_sooner_below_1_and_good_ones_sooner_above(ratio):
+  good, bad = (corrections.vespo(*response(a, math.log(ratio)))[0] for a in (1.0, -1.0))
+  assert bad < good if ratio < 1 else good < bad
+
+
+# --- log-probabilities
+# -------------------------------------------------------------------------------
+
+VOCABULARY, WIDTH = 7, 4
+RNG = np.random.default_rng(0)
+HIDDEN = jnp.asarray(RNG.normal(size=(*BATCH.mask.shape, WIDTH)), jnp.float32)
+UNEMBEDDING = jnp.asarray(RNG.normal(size=(VOCABULARY, WIDTH)), jnp.float32)
+TOKENS = jnp.asarray(RNG.integers(0, VOCABULARY, BATCH.mask.shape))
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e4])
+def test_log_probabilities_are_at_most_0(scale):
+  hidden = scale * HIDDEN
+  outputs = gpo.linear_token_log_probs(hidden, UNEMBEDDING, TOKENS, tile_size=2)
+  assert (outputs.log_probs <= 0).all()
+  assert (gpo.token_log_probs(hidden @ UNEMBEDDING.T, TOKENS) <= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_entropy_and_exact_kl_of_half_precision_are_float32(dtype):
+  hidden, unembedding = HIDDEN.astype(dtype), UNEMBEDDING.astype(dtype)
+  assert gpo.token_entropy(hidden).dtype == jnp.float32
+  assert gpo.exact_kl(hidden, hidden).dtype == jnp.float32
+  outputs = gpo.linear_token_log_probs(hidden, unembedding, TOKENS)
+  assert outputs.entropy.dtype == jnp.float32
+
+
+def test_exact_kl_is_infinite_where_the_reference_excludes_a_token():
+  assert gpo.exact_kl([[0.0, 0.0]], [[0.0, -np.inf]]) == np.inf
+
+
+def test_linear_exact_kl_has_no_gradient_to_the_reference():
+  def total(ref_hidden, ref_unembedding, ref_bias):
+    kl = gpo.linear_exact_kl(HIDDEN, UNEMBEDDING, ref_hidden, ref_unembedding, ref_bias=ref_bias)
+    return jnp.sum(kl)
+
+  reference = (2 * HIDDEN, UNEMBEDDING[::-1], jnp.arange(float(VOCABULARY)))
+  for gradient in jax.grad(total, argnums=(0, 1, 2))(*reference):
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_linear_exact_kl_holds_several_chunks_of_logits():
+  tokens, vocabulary, width = 1024, 8192, 8
+
+  def memory(chunk_size):
+    kl = partial(gpo.linear_exact_kl, chunk_size=chunk_size)
+    total = lambda hidden, w: jnp.sum(kl(hidden, w, 2 * hidden, w))
+    shapes = ((1, tokens, width), (vocabulary, width))
+    return temporaries(jax.value_and_grad(total, argnums=(0, 1)), *shapes)
+
+  several = 8 * 4 * 32 * vocabulary
+  assert memory(chunk_size=32) < several
+  assert memory(chunk_size=tokens) > several
+
+
+@pytest.mark.parametrize(
+  ("backend", "expected"), [("cpu", (512, 1024, True)), ("gpu", (512, 5000, False))]
+)
+def test_the_default_tiling_depends_on_the_backend(backend, expected, monkeypatch):
+  hidden, head = log_probs._as_head(HIDDEN, jnp.zeros((5000, WIDTH)), None, None, 1.0)
+  monkeypatch.setattr(jax, "default_backend", lambda: backend)
+  tiling = log_probs._tiling(hidden, head, chunk_size=None, tile_size=None, compact=None)
+  assert tiling == expected
+
+
+@pytest.mark.parametrize(
+  "mask",
+  [BATCH.mask, np.zeros_like(BATCH.mask), np.ones_like(BATCH.mask)],
+  ids=["some", "none", "all"],
+)
+def test_compact_chunks_are_as_many_as_the_active_tokens_fill(mask):
+  tiling = _linear.Tiling(chunk_size=5, tile_size=VOCABULARY, compact=True)
+  assert _linear._Chunks(jnp.asarray(mask), tiling).count == math.ceil(mask.sum() / 5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
+def test_terms_of_linear_loss_carry_no_gradient(name):
+  objective = PRESETS[name]
+  rollout = BATCH.prepare(objective)
+
+  def of_terms(hidden):
+    _, terms = gpo.linear_loss(objective, hidden, UNEMBEDDING, TOKENS, rollout)
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(terms))
+
+  np.testing.assert_array_equal(jax.grad(of_terms)(HIDDEN), 0)
+
+
+# --- objective
+# ---------------------------------------------------------------------------------------
+
+
+def test_weights_of_means_sum_to_1_and_of_an_empty_batch_to_0():
+  for weighting in (weightings.token_mean, weightings.sequence_mean):
+    np.testing.assert_allclose(jnp.sum(weighting(BATCH.mask)), 1, rtol=1e-6)
+    np.testing.assert_array_equal(weighting(np.zeros_like(BATCH.mask)), 0)
+
+
+def test_an_id_that_comes_back_is_one_response_to_advantages_and_two_to_weights_and_levels():
+  rollout = gpo.grpo().prepare([[1.0, 0.0]], [[1, 1, 1]], segment_ids=[[1, 2, 1]])
+  first, second = advantages.standardize([1.0, 0.0])
+  np.testing.assert_allclose(rollout.advantages, [[first, second, first]], rtol=1e-6)
+  np.testing.assert_allclose(rollout.weights, 1 / 3, rtol=1e-6)
+  log_ratio = jnp.array([[0.1, 0.2, 0.4]])
+  np.testing.assert_allclose(levels.sequence(log_ratio, rollout), log_ratio, rtol=1e-6)
+
+
+def test_advantages_may_be_of_responses_or_of_tokens():
+  objective = gpo.dapo()
+  rollout = BATCH.prepare(objective)
+  expected = value_and_grad(objective, LOG_PROBS, rollout)[1]
+  of_tokens = jnp.broadcast_to(rollout.advantages, BATCH.mask.shape)
+  for same in (of_tokens[..., 0], of_tokens[..., :1], of_tokens):
+    gradient = value_and_grad(objective, LOG_PROBS, rollout.replace(advantages=same))[1]
+    assert relative_error(gradient, expected) < 1e-6
+
+
+def test_any_number_of_axes_may_come_before_the_samples():
+  objective = gpo.grpo(beta=0.3)
+  split = lambda x: x.reshape(2, 2, *x.shape[1:])
+  rollout = jax.tree.map(split, BATCH.prepare(objective))
+  gradient = value_and_grad(objective, split(LOG_PROBS), rollout)[1]
+  expected = run(objective)[1]
+  assert relative_error(gradient.reshape(expected.shape), expected) < 1e-6
+
+
+def test_a_slot_sees_bools_for_a_mask_and_zeros_in_the_padding():
+  def of_everything(ref_log_ratio, log_ratio, rollout):
+    assert rollout.mask.dtype == bool
+    fields = [x for x in vars(rollout).values() if x is not None and x is not rollout.mask]
+    return sum(jnp.abs(x) for x in (ref_log_ratio, log_ratio, *fields))
+
+  dirty = jnp.where(BATCH.mask, LOG_PROBS, jnp.nan)
+  names = ("old_log_probs", "ref_log_probs", "sampler_log_probs")
+  objective = gpo.grpo().replace(divergence=of_everything)
+  arrays = dict.fromkeys(names, dirty) | {"mask": BATCH.mask.astype(int)}
+  rollout = BATCH.prepare(objective, **arrays)
+  rollout = rollout.replace(advantages=dirty, factor=dirty, weights=dirty)
+  _, terms = objective(dirty, rollout)
+  np.testing.assert_array_equal(terms.divergence[~BATCH.mask], 0)
+
+
+def test_a_factor_in_the_rollout_has_no_gradient():
+  rollout = BATCH.prepare(gpo.dapo())
+  loss = lambda factor: gpo.dapo()(LOG_PROBS, rollout.replace(factor=factor))[0]
+  np.testing.assert_array_equal(jax.grad(loss)(LOG_PROBS), 0)
+
+
+def test_a_term_of_ones_own_by_the_weights_is_weighted_as_the_loss_is():
+  objective = gpo.grpo(beta=0.3)
+  rollout = BATCH.prepare(objective)
+
+  def own_term(log_probs):
+    k3 = divergences.k3(log_probs - BATCH.ref_log_probs, None, None)
+    return 0.3 * jnp.sum(rollout.weights * k3, where=rollout.mask)
+
+  gradient = run(gpo.grpo(beta=None))[1] + jax.grad(own_term)(LOG_PROBS)
+  assert relative_error(gradient, run(objective)[1]) < 1e-5
+
+
+def test_with_x64_weights_and_loss_are_float64_and_the_gradient_is_of_its_inputs_dtype(x64):
+  objective = gpo.grpo()
+  rollout = BATCH.prepare(objective)
+  value, gradient = value_and_grad(objective, LOG_PROBS, rollout)
+  assert rollout.weights.dtype == value.dtype == jnp.float64
+  assert gradient.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("name", ["grpo", "cispo", "gmpo", "dppo", "topr"])
+@pytest.mark.parametrize("distance", [-3.0, 3.0])
+def test_what_a_level_a_correction_or_cispo_cuts_off_is_not_counted_as_clipped(name, distance):
+  objective, stale = PRESETS[name], LOG_PROBS - distance
+  rollout = BATCH.prepare(objective, old_log_probs=stale, sampler_log_probs=stale)
+  metrics = gpo.summarize(objective(LOG_PROBS, rollout)[1], rollout)
+  if name == "grpo":  # the control, whose surrogate clips
+    assert metrics["clip_fraction"] > 0.2
+  else:
+    assert metrics["clip_fraction"] == 0
+  if name == "dppo":
+    assert metrics["dropped_fraction"] > 0.2
+
+
+# --- documentation pages
+# -----------------------------------------------------------------------------
+
+
+def test_the_objective_for_trls_rloo_is_ours_on_policy():
+  trl = gpo.r1(beta=None).replace(advantage=advantages.leave_one_out)
+  gradients = [run(o, old_log_probs=LOG_PROBS)[1] for o in (trl, gpo.rloo())]
+  assert relative_error(*gradients) < 1e-5
+
+
+def test_the_expressions_on_the_page_on_migrating_fit_their_slots():
+  page = (ROOT / "docs/migrating.md").read_text()
+  expressions = re.findall(r"`((?:partial\(|gpo\.|lambda r)[^`]*)`", page)
+  assert len(expressions) > 20
+  known = {"partial": partial, "gpo": gpo, "jnp": jnp, "mask": BATCH.mask, "epsilon_high": 4.0}
+  for expression in expressions:
+    made = eval(expression.replace("…", "2.0"), vars(gpo) | known)
+    if isinstance(made, partial):
+      module = made.func.__module__.removeprefix("gpo_jax.")
+      slot = {"corrections": (made,)} if module == "corrections" else {module[:-1]: made}
+      made = gpo.dapo().replace(**slot)
+    elif not isinstance(made, gpo.Objective):
+      made = gpo.dapo().replace(advantage=made)
+    assert isinstance(made, gpo.Objective), expression
+
+
+def test_the_defaults_of_mask_importance_are_those_on_the_page_on_migrating():
+  parameters = inspect.signature(corrections.mask_importance).parameters
+  low, high, level = (parameters[name].default for name in ("low", "high", "level"))
+  assert (low, high, level) == (0.5, 5.0, levels.token)
+  assert f"here {low}, {high} and the token's level" in text_of("docs/migrating.md")
+
+
+def test_bfloat16_rounds_as_the_page_on_numerics_says():
+  def largest_rounding_error(start):
+    x = np.linspace(start * 1.1, start, 10_001)
+    return np.max(np.abs(x - x.astype(jnp.bfloat16).astype(float)))
+
+  page = text_of("docs/numerics.md")
+  info = jnp.finfo(jnp.bfloat16)
+  below, above = 1 - float(info.epsneg), 1 + float(info.eps)
+  assert (below, above) == (1 - 1 / 256, 1 + 2 / 256)
+  assert f"The numbers next to 1 are {below:.3f} and {above:.3f}" in page
+  at_1, at_4 = largest_rounding_error(-1.0), largest_rounding_error(-4.0)
+  np.testing.assert_allclose([at_1, at_4], [1 / 256, 1 / 64], rtol=1e-2)
+  assert f"by up to {at_1:.3f} at −1 and {at_4:.3f} at −4" in page
+
+
+def test_the_demos_recipe_is_the_one_in_the_readme():
+  recipe = f"{Config().steps} updates of {Config().prompts} prompts × {Config().samples} samples"
+  assert recipe in text_of("README.md")
