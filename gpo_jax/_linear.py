@@ -206,11 +206,8 @@ class _Seen(NamedTuple):
   def outputs(self) -> TokenLogProbs:
     """Gives what is known once every tile was seen."""
     entropy = jnp.log(self.total) - self.excess / self.total
-    return TokenLogProbs(self.target - self.log_total(), entropy)
-
-  def log_total(self) -> jax.Array:
-    """Gives log Σ e^z."""
-    return self.largest + jnp.log(self.total)
+    # In this order digits are kept however large the logits are.
+    return TokenLogProbs((self.target - self.largest) - jnp.log(self.total), entropy)
 
 
 def _look(
@@ -240,7 +237,7 @@ def _slope(
 
   Of a log-probability it is 1 − p at the token, −p elsewhere; of the entropy, −p (log p + H).
   """
-  log_probs = logits - seen.log_total()[None]
+  log_probs = (logits - seen.largest[None]) - jnp.log(seen.total)[None]
   probs, slope = jnp.exp(log_probs), slopes.log_probs[None]
   share = slope
   if slopes.entropy is not None:

@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from gpo_jax import corrections, divergences, levels
 from gpo_jax._linear import Gradients, Head, Slopes, Tiling, TokenLogProbs, sweep, vary
+from gpo_jax._slots import is_ours
 from gpo_jax.objective import Objective
 from gpo_jax.types import Rollout, Terms
 
@@ -42,7 +43,8 @@ def is_token_local(objective: Objective) -> bool:
   slots += [] if objective.divergence is None else [objective.divergence]
   slots += [slot.keywords["level"] for slot in slots if "level" in slot.keywords]
   numbers = all(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves(objective))
-  return numbers and all(slot.func in _TOKEN_FUNCTIONS for slot in slots)
+  # A surrogate from elsewhere may close over an array of tokens, which chunks do not cut.
+  return numbers and is_ours(objective.surrogate) and all(s.func in _TOKEN_FUNCTIONS for s in slots)
 
 
 def _evaluate(

@@ -114,7 +114,9 @@ def token_log_probs(
   # A negative id is outside too; NumPy's convention would wrap it around.
   index = jnp.where(tokens < 0, logits.shape[-1], tokens)[..., None]
   logit = jnp.take_along_axis(logits, index, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
-  log_probs = logit - jax.nn.logsumexp(logits, axis=-1)
+  # Both terms less the largest logit: their difference keeps its digits however large logits are.
+  largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+  log_probs = logit - largest[..., 0] - jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1))
   return jnp.where(logit == jnp.finfo(logits.dtype).min, -jnp.inf, log_probs)
 
 
@@ -282,8 +284,8 @@ def linear_loss(
   An objective is a sum over tokens with fixed weights. Where a token's term depends on that token
   alone, its gradient is known as soon as its logits are, and one pass computes both, three matrix
   products of tokens × V × H in all, as if the logits were kept. Objectives with a ratio of
-  responses, a divergence of them, or a level, divergence or correction from elsewhere take the two
-  passes of `linear_token_log_probs` by themselves. A surrogate must be elementwise.
+  responses, a divergence of them, or a function from elsewhere take the two passes of
+  `linear_token_log_probs` by themselves.
 
   Args:
     objective: the objective; its numbers are differentiable too.

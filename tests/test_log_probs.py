@@ -259,6 +259,29 @@ def test_an_objective_s_numbers_are_differentiable():
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), found, expected)
 
 
+@pytest.mark.parametrize("offset", [0, 300, 10_000])
+def test_log_probs_keep_their_digits_however_large_logits_are(offset):
+  rng = np.random.default_rng(0)
+  logits = (rng.normal(size=(64, 32)) + offset).astype(np.float32)
+  tokens = np.arange(64) % 32
+  expected = pick(numpy_log_softmax(logits), tokens)
+  linear = lambda h: gpo.linear_token_log_probs(h, jnp.eye(32), tokens, tile_size=10).log_probs
+  plain = lambda z: gpo.token_log_probs(z, tokens)
+  slope = np.eye(32)[tokens] - np.exp(numpy_log_softmax(logits))
+  for f in (plain, linear):
+    np.testing.assert_allclose(f(logits), expected, atol=2e-6)
+    found = jax.grad(lambda x, f=f: jnp.sum(f(x)))(jnp.asarray(logits))
+    np.testing.assert_allclose(found, slope, atol=1e-6)
+
+
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_a_surrogate_may_close_over_an_array_of_tokens(tiling):
+  discount = jnp.asarray(np.random.default_rng(0).random(MASK.shape), jnp.float32)
+  objective = gpo.dapo().replace(surrogate=lambda x, a: discount * jnp.exp(x) * a)
+  arguments = (objective, HIDDEN_STATES, UNEMBEDDING, BIAS, near(objective))
+  assert_same(step(linear_loss, **TILINGS[tiling])(*arguments), step(plain_loss)(*arguments), 1e-4)
+
+
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
 def test_a_loss_may_be_a_part_of_another(preset):
   objective = PRESETS[preset]
