@@ -128,6 +128,7 @@ def describe(value: Any) -> str:
     return f"{name}({', '.join(args)})" if args else name
   if isinstance(value, tuple):
     return f"({''.join(describe(item) + ', ' for item in value).strip()})"
-  if getattr(value, "shape", None) == () and not isinstance(value, jax.core.Tracer):
+  scalar = getattr(value, "shape", None) == () and hasattr(value, "__float__")
+  if scalar and not isinstance(value, jax.core.Tracer):
     return f"{float(value):.6g}"
   return str(value)

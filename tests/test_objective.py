@@ -519,6 +519,11 @@ def test_a_divergence_sees_token_ratios_whatever_the_level(name):
   np.testing.assert_allclose(found, expected[BATCH.mask], rtol=1e-3, atol=1e-6)
 
 
+def test_an_objective_of_abstract_leaves_can_be_printed():
+  assert "clip" in str(jax.eval_shape(gpo.grpo))
+  assert "clip" in str(jax.tree.map(lambda x: x.dtype, gpo.grpo()))
+
+
 def test_terms_carry_no_gradient():
   rollout = BATCH.prepare(gpo.grpo())
 
