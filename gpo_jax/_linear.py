@@ -138,14 +138,17 @@ def is_explicit(x: jax.Array) -> bool:
   return any(kind == jax.sharding.AxisType.Explicit for kind in kinds)
 
 
-def wider(*dtypes: Any) -> Any:
-  """Gives the dtype that holds what all of them hold; JAX's own may be set to refuse."""
-  return functools.reduce(np.promote_types, dtypes)
+def wider(a: Any, b: Any) -> Any:
+  """Gives the dtype that holds what both hold; JAX's own promotion may be set to refuse."""
+  try:
+    return np.promote_types(a, b)
+  except TypeError:  # neither of bfloat16 and float16 holds the other
+    return jnp.float32
 
 
 def accumulator(*dtypes: Any) -> Any:
   """Gives the dtype to add up in: the widest, float32 at least."""
-  return wider(jnp.float32, *dtypes)
+  return functools.reduce(wider, dtypes, jnp.float32)
 
 
 def _dot(subscripts: str, a: jax.Array, b: jax.Array, like: jax.Array | None = None) -> jax.Array:

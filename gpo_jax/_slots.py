@@ -55,7 +55,7 @@ def as_slot(slot: str, function: Any) -> Partial:
   return function
 
 
-def is_ours(function: Partial) -> bool:
+def is_ours(function: Any) -> bool:
   """Tells whether a function is one of this package for slots."""
   package, _, module = str(getattr(function.func, "__module__", None)).partition(".")
   return package == _PACKAGE and module in _MODULES

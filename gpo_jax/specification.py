@@ -209,8 +209,9 @@ def check(fn: Callable[P, R]) -> Callable[P, R]:
   """Checks the values of a function's arguments, in compiled code too.
 
   The arguments are known by the names that the functions of this module give them: `ratios`,
-  `pi_current` and `pi_ref` must be positive and finite, `advantages` finite, `epsilon` > 0 and
-  `beta` ≥ 0; samples that an argument `where` leaves out are not checked. The checks are compiled.
+  `pi_current` and `pi_ref` must be positive and finite (and not subnormal: XLA takes such numbers
+  for 0 in places), `advantages` finite, `epsilon` > 0 and `beta` ≥ 0; samples that an argument
+  `where` leaves out are not checked. The checks are compiled.
   Inside your own `jax.jit`, wrap the step as every JAX check requires:
   `error, out = jax.jit(checkify.checkify(step))(…)`, `error.throw()`.
 
@@ -228,7 +229,7 @@ def check(fn: Callable[P, R]) -> Callable[P, R]:
     >>> check(gpo_objective)([1.0, -1.0], [1.0, 1.0], [0.5, 0.5], [0.5, 0.5])
     Traceback (most recent call last):
       ...
-    jax._src.checkify.JaxRuntimeError: ratios must be positive and finite; got -1.0 at index [1] ...
+    jax._src.checkify.JaxRuntimeError: ratios must be positive, finite and not subnormal; got -1.0 ...
   """
   signature = inspect.signature(fn)
   if not _REQUIREMENTS.keys() & signature.parameters.keys():
@@ -290,14 +291,11 @@ def _log_quotient_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.
   return _log_quotient(x, y), x_dot / x - y_dot / y
 
 
-def _divergence(ratios: jax.Array, pi_current: jax.Array, pi_ref: jax.Array) -> jax.Array:
-  return ratios * exp_excess(_log_quotient(pi_current, pi_ref))
-
-
 def _per_sample(*inputs: jax.Array) -> jax.Array:
   ratios, advantages, pi_current, pi_ref = _checks.promote(*inputs[:4])
   epsilon, beta = (x.astype(ratios.dtype) for x in inputs[4:])
-  penalty = beta * _divergence(ratios, pi_current, pi_ref)
+  # β first: where β is 0 there is no penalty, even if the divergence leaves the floats' range.
+  penalty = beta * ratios * exp_excess(_log_quotient(pi_current, pi_ref))
   return penalty - _surrogate(ratios, advantages, epsilon)
 
 
@@ -336,7 +334,12 @@ def _loss(*inputs: jax.Array, where: jax.Array | None) -> jax.Array:
   return jnp.where(keep, _per_sample(*arrays, *inputs[4:]), 0)
 
 
-_POSITIVE = ("positive and finite", lambda x: (x > 0) & jnp.isfinite(x))
+def _is_positive(x: jax.Array) -> jax.Array:
+  (x,) = _checks.promote(x)
+  return (x >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(x)
+
+
+_POSITIVE = ("positive, finite and not subnormal", _is_positive)
 _REQUIREMENTS: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
   "ratios": _POSITIVE,
   "pi_current": _POSITIVE,

@@ -380,6 +380,26 @@ def test_bfloat16(tiling):
   assert relative_error(mixed[1][1], gradients[1]) < 1e-4
 
 
+@pytest.mark.parametrize(
+  ("a", "b"),
+  [(jnp.bfloat16, jnp.float16), (jnp.float16, jnp.bfloat16), (jnp.bfloat16, jnp.float8_e4m3fn)],
+)
+def test_dtypes_neither_of_which_holds_the_other_meet_in_float32(a, b):
+  """The same bits, given as float32, have the same log-probabilities and gradients."""
+  hidden, unembedding = HIDDEN_STATES.astype(a), UNEMBEDDING.astype(b)
+
+  def loss(hidden, unembedding):
+    return jnp.sum(gpo.linear_token_log_probs(hidden, unembedding, TOKENS).log_probs)
+
+  step = jax.value_and_grad(loss, argnums=(0, 1))
+  value, slopes = step(hidden, unembedding)
+  expected, in_float32 = step(hidden.astype(jnp.float32), unembedding.astype(jnp.float32))
+  assert value == expected
+  for found, wanted, dtype in zip(slopes, in_float32, (a, b), strict=True):
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, wanted.astype(dtype))
+
+
 def test_tied_embeddings():
   objective = PRESETS["grpo"]
   rollout = near(objective)
