@@ -330,8 +330,9 @@ def by_group(
 
       A_i = advantage(R, where = {j : group_j = group_i})_i
 
-  Compiled once for an advantage of this module, and for each function of your own. On a mesh with
-  Explicit axes the result is not sharded.
+  The advantage sees one group at a time, `where` marks it: a mean over the batch in a function of
+  your own would be the group's. Compiled once for an advantage of this module, and for each
+  function of your own. On a mesh with Explicit axes the result is not sharded.
 
   Args:
     advantage: a function of this module, or one like them.
