@@ -77,7 +77,7 @@ bench-peers:  ## Make the environment of other packages, which `make bench` then
 	.venv-peers/bin/python -m pip install --quiet chex google-tunix liger-kernel torch trl
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
-	$(BIN)/jupyter nbconvert --execute --inplace --to notebook notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 docs: $(VENV)/.docs  ## Build the documentation, docs/_build/html/index.html; warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
