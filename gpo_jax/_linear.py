@@ -5,7 +5,7 @@ the unembedding's gradient, the one that is added up in memory, needs no transpo
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -167,14 +167,22 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array, like: jax.Array | None = N
 
 def all_logits(hidden: jax.Array, head: Head) -> jax.Array:
   """Forms the logits, `[..., V]`."""
-  return jnp.moveaxis(_logits(hidden, head, 0, head.unembedding.shape[0]), 0, -1)
+  products = _dot("...h,vh->...v", hidden, head.unembedding)
+  return _of_products(products, range(products.ndim - 1), head.bias, head)
 
 
 def _logits(hidden: jax.Array, head: Head, start: Any, size: int) -> jax.Array:
-  logits = _dot("vh,...h->v...", _cut(head.unembedding, start, size), hidden)
-  if head.bias is not None:
-    bias = _cut(head.bias, start, size).astype(logits.dtype)
-    logits += jnp.expand_dims(bias, range(1, logits.ndim))
+  products = _dot("vh,...h->v...", _cut(head.unembedding, start, size), hidden)
+  bias = None if head.bias is None else _cut(head.bias, start, size)
+  return _of_products(products, range(1, products.ndim), bias, head)
+
+
+def _of_products(
+  products: jax.Array, token_axes: Sequence[int], bias: jax.Array | None, head: Head
+) -> jax.Array:
+  logits = products
+  if bias is not None:
+    logits += jnp.expand_dims(bias.astype(logits.dtype), token_axes)
   if head.softcap is not None:
     logits = head.softcap * jnp.tanh(logits / head.softcap)
   return logits / head.temperature
