@@ -168,19 +168,19 @@ def _dot(subscripts: str, a: jax.Array, b: jax.Array, like: jax.Array | None = N
 def all_logits(hidden: jax.Array, head: Head) -> jax.Array:
   """Forms the logits, `[..., V]`."""
   products = _dot("...h,vh->...v", hidden, head.unembedding)
-  return _of_products(products, range(products.ndim - 1), head.bias, head)
+  return _of_products(products, head.bias, range(products.ndim - 1), head)
 
 
 def _logits(hidden: jax.Array, head: Head, start: Any, size: int) -> jax.Array:
   products = _dot("vh,...h->v...", _cut(head.unembedding, start, size), hidden)
   bias = None if head.bias is None else _cut(head.bias, start, size)
-  return _of_products(products, range(1, products.ndim), bias, head)
+  return _of_products(products, bias, range(1, products.ndim), head)
 
 
 def _of_products(
-  products: jax.Array, token_axes: Sequence[int], bias: jax.Array | None, head: Head
+  logits: jax.Array, bias: jax.Array | None, token_axes: Sequence[int], head: Head
 ) -> jax.Array:
-  logits = products
+  """Makes logits of h Wᵀ; the bias has no token axes."""
   if bias is not None:
     logits += jnp.expand_dims(bias.astype(logits.dtype), token_axes)
   if head.softcap is not None:
@@ -217,8 +217,11 @@ class _Seen(NamedTuple):
   def outputs(self) -> TokenLogProbs:
     """Gives what is known once every tile was seen."""
     entropy = jnp.log(self.total) - self.excess / self.total
-    # In this order digits are kept however large the logits are.
-    return TokenLogProbs((self.target - self.largest) - jnp.log(self.total), entropy)
+    return TokenLogProbs(self.log_probs(self.target[None])[0], entropy)
+
+  def log_probs(self, logits: jax.Array) -> jax.Array:
+    """Gives log-probabilities; in this order they keep their digits however large logits are."""
+    return (logits - self.largest[None]) - jnp.log(self.total)[None]
 
 
 def _look(
@@ -248,7 +251,7 @@ def _slope(
 
   Of a log-probability it is 1 − p at the token, −p elsewhere; of the entropy, −p (log p + H).
   """
-  log_probs = (logits - seen.largest[None]) - jnp.log(seen.total)[None]
+  log_probs = seen.log_probs(logits)
   probs, slope = jnp.exp(log_probs), slopes.log_probs[None]
   share = slope
   if slopes.entropy is not None:

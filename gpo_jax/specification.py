@@ -211,9 +211,9 @@ def check(fn: Callable[P, R]) -> Callable[P, R]:
   The arguments are known by the names that the functions of this module give them: `ratios`,
   `pi_current` and `pi_ref` must be positive and finite (and not subnormal: XLA takes such numbers
   for 0 in places), `advantages` finite, `epsilon` > 0 and `beta` ≥ 0; samples that an argument
-  `where` leaves out are not checked. The checks are compiled.
-  Inside your own `jax.jit`, wrap the step as every JAX check requires:
-  `error, out = jax.jit(checkify.checkify(step))(…)`, `error.throw()`.
+  `where` leaves out are not checked. The checks are compiled. Inside your own `jax.jit`, wrap the
+  step as every JAX check requires: `error, out = jax.jit(checkify.checkify(step))(…)`,
+  `error.throw()`.
 
   Args:
     fn: a function of this module, or one with arguments of the same names.

@@ -47,8 +47,7 @@ def text_of(page):
   return " ".join((ROOT / page).read_text().split())
 
 
-# --- advantages
-# --------------------------------------------------------------------------------------
+# --- advantages ----------------------------------------------------------------------------------
 
 
 def test_pass_at_k_gives_nothing_to_a_shared_first_place():
@@ -81,8 +80,7 @@ def test_groups_by_id_of_sharded_rewards_are_not_sharded():
   assert value.sharding.is_fully_replicated
 
 
-# --- levels
-# ------------------------------------------------------------------------------------------
+# --- levels --------------------------------------------------------------------------------------
 
 
 def test_geometric_clips_an_advantage_of_0_like_a_negative_one():
@@ -107,8 +105,7 @@ def test_a_levels_number_has_a_gradient(x64):
   assert slope != 0
 
 
-# --- divergences
-# -------------------------------------------------------------------------------------
+# --- divergences ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,8 +137,7 @@ def test_sequence_unbiased_is_exact_where_weights_do_not_depend_on_lengths(weigh
   assert enumeration.close(gradient, true_gradient) == exact
 
 
-# --- corrections
-# -------------------------------------------------------------------------------------
+# --- corrections ---------------------------------------------------------------------------------
 
 CORRECTIONS = [
   function
@@ -181,8 +177,7 @@ def test_vespo_fades_bad_responses_sooner_below_1_and_good_ones_sooner_above(rat
   assert bad < good if ratio < 1 else good < bad
 
 
-# --- log-probabilities
-# -------------------------------------------------------------------------------
+# --- log-probabilities ---------------------------------------------------------------------------
 
 VOCABULARY, WIDTH = 7, 4
 RNG = np.random.default_rng(0)
@@ -268,8 +263,7 @@ def test_terms_of_linear_loss_carry_no_gradient(name):
   np.testing.assert_array_equal(jax.grad(of_terms)(HIDDEN), 0)
 
 
-# --- objective
-# ---------------------------------------------------------------------------------------
+# --- objective -----------------------------------------------------------------------------------
 
 
 def test_weights_of_means_sum_to_1_and_of_an_empty_batch_to_0():
@@ -362,8 +356,7 @@ def test_what_a_level_a_correction_or_cispo_cuts_off_is_not_counted_as_clipped(n
     assert metrics["dropped_fraction"] > 0.2
 
 
-# --- documentation pages
-# -----------------------------------------------------------------------------
+# --- documentation pages -------------------------------------------------------------------------
 
 
 def test_the_objective_for_trls_rloo_is_ours_on_policy():
