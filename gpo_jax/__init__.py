@@ -12,12 +12,16 @@ from gpo_jax import divergences as divergences
 from gpo_jax import levels as levels
 from gpo_jax import presets as presets
 from gpo_jax import surrogates as surrogates
+from gpo_jax import vocabulary as vocabulary
 from gpo_jax import weightings as weightings
-from gpo_jax.log_probs import TokenLogProbs as TokenLogProbs
+from gpo_jax.linear import Head as Head
+from gpo_jax.linear import Sharding as Sharding
+from gpo_jax.linear import Tiling as Tiling
+from gpo_jax.linear import TokenLogProbs as TokenLogProbs
+from gpo_jax.linear import linear_divergence as linear_divergence
+from gpo_jax.linear import linear_loss as linear_loss
+from gpo_jax.linear import linear_token_log_probs as linear_token_log_probs
 from gpo_jax.log_probs import exact_kl as exact_kl
-from gpo_jax.log_probs import linear_exact_kl as linear_exact_kl
-from gpo_jax.log_probs import linear_loss as linear_loss
-from gpo_jax.log_probs import linear_token_log_probs as linear_token_log_probs
 from gpo_jax.log_probs import token_entropy as token_entropy
 from gpo_jax.log_probs import token_log_probs as token_log_probs
 from gpo_jax.metrics import summarize as summarize
@@ -35,6 +39,7 @@ from gpo_jax.presets import gspo as gspo
 from gpo_jax.presets import gspo_token as gspo_token
 from gpo_jax.presets import luspo as luspo
 from gpo_jax.presets import max_rl as max_rl
+from gpo_jax.presets import preset as preset
 from gpo_jax.presets import r1 as r1
 from gpo_jax.presets import reinforce_plus_plus as reinforce_plus_plus
 from gpo_jax.presets import rloo as rloo
@@ -48,6 +53,7 @@ from gpo_jax.specification import gpo_objective as gpo_objective
 from gpo_jax.specification import gpo_objective_per_group as gpo_objective_per_group
 from gpo_jax.specification import gpo_value_and_grad as gpo_value_and_grad
 from gpo_jax.training import as_loss as as_loss
+from gpo_jax.traits import tokenwise as tokenwise
 from gpo_jax.types import Rollout as Rollout
 from gpo_jax.types import Terms as Terms
 

@@ -1,4 +1,4 @@
-"""Functions made exact where their textbook form loses digits."""
+"""The ±20 bound on log-ratios, and functions that keep digits their textbook form loses."""
 
 import math
 
@@ -11,7 +11,7 @@ def exp_excess(x: jax.Array) -> jax.Array:
   """Computes e^x − x − 1, to rounding, for every x.
 
   The textbook form keeps no correct digit below |x| = 3e-4 in float32, so a Taylor series replaces
-  it for |x| < 1.5. The derivative e^x − 1 has the same trap and the same remedy: it is x more.
+  it for |x| < 1.5. The derivative e^x − 1, which is x more, has the same trap and the same remedy.
 
   Args:
     x: floats of any shape, float32 or wider.
@@ -37,7 +37,7 @@ def _exp_excess_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]):
 def sigmoid(x: jax.Array) -> jax.Array:
   """Computes σ(x) = 1/(1 + e^−x) with a derivative that keeps its digits where σ rounds to 1.
 
-  The textbook derivative σ(1 − σ) has lost them all at x = 17 in float32; σ(x) σ(−x) loses none.
+  The textbook derivative σ(1 − σ) has none left at x = 17 in float32; σ(x) σ(−x) loses none.
   """
   return jax.nn.sigmoid(x)
 
@@ -51,8 +51,8 @@ def _sigmoid_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]):
 def with_slope(value: jax.Array, slope: jax.Array, x: jax.Array) -> jax.Array:
   """Gives `value` the derivative `slope` in x, whatever the derivative of the formula behind it.
 
-  value = sg(value) + sg(slope)·(x − sg(x)): x − sg(x) is 0 where x is finite and NaN where it is
-  not, so an infinite log-probability is never hidden.
+  value = sg(value) + sg(slope)·(x − sg(x)): x − sg(x) is 0 if x is finite and NaN if it is not, so
+  an infinite log-probability is never hidden.
   """
   value, slope = jax.lax.stop_gradient((value, slope))
   return value + slope * (x - jax.lax.stop_gradient(x))
@@ -65,8 +65,8 @@ MAX_LOG_RATIO = 20.0
 def bound(log_ratio: jax.Array) -> jax.Array:
   """Bounds a log-ratio to ±20 in value and passes its gradient through.
 
-  Beyond the bound a function's slope is the one it has at the bound: finite, and never 0 because of
-  the bound, so a penalty still pulls back a policy that has drifted any distance.
+  Beyond the bound a function has the slope it has at the bound: finite, and not 0, so a penalty
+  still pulls back a policy that has drifted any distance.
   """
   limit = jnp.asarray(MAX_LOG_RATIO, log_ratio.dtype)
   bounded = jax.lax.clamp(-limit, log_ratio, limit)

@@ -11,7 +11,7 @@ def _starts(segment_ids: jax.Array) -> jax.Array:
 
 
 def fill(segment_ids: jax.Array, mask: jax.Array) -> jax.Array:
-  """Gives each masked token the id of the active token before it, so that segments stay in one.
+  """Gives each masked token the id of the active token before it: segments stay contiguous.
 
   Ids are 1, 2, … in order, so that the last one is the largest so far.
   """
@@ -20,9 +20,9 @@ def fill(segment_ids: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def earlier(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  """Sums the tokens before each token, anew in each segment.
+  """Sums the tokens before each token of its segment.
 
-  By a shift, not as a sum up to a token minus the token: the gradient of that loses digits.
+  By a shift: the difference of a running sum and the token itself loses digits in the gradient.
   """
   x = jnp.concatenate([jnp.zeros_like(x[..., :1]), x[..., :-1]], axis=-1)
   if segment_ids is None:
@@ -45,7 +45,7 @@ def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   def of_row(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.zeros_like(x).at[index].add(x)[index]
 
-  # Numbering a row's segments anew bounds the index by the row's length, whatever the ids are.
+  # Renumbering a row's segments bounds the index by the row's length, whatever the ids are.
   index = jnp.cumsum(_starts(segment_ids).astype(jnp.int32), axis=-1) - 1
   for _ in range(x.ndim - 1):
     of_row = jax.vmap(of_row)
@@ -53,7 +53,7 @@ def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
 
 
 def present(mask: jax.Array, segment_ids: jax.Array | None, size: int) -> jax.Array:
-  """Marks which of the segments 1 … size (which row without `segment_ids`) has an active token."""
+  """Marks the segments 1 … size (the rows without `segment_ids`) that have an active token."""
   if segment_ids is None:
     return jnp.any(mask, axis=-1)
   # Ids outside 1 … size have no column.
@@ -76,10 +76,3 @@ def count(active: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   if segment_ids is None:
     return jnp.sum(some[..., 0].astype(active.dtype))
   return jnp.sum((some & _starts(segment_ids)).astype(active.dtype))
-
-
-def mean(x: jax.Array, mask: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-  """Averages each segment's active tokens; 0 where a segment has none."""
-  mask = mask.astype(bool)
-  lengths = jnp.maximum(total(mask.astype(x.dtype), segment_ids), 1)
-  return total(jnp.where(mask, x, 0), segment_ids) / lengths

@@ -1,6 +1,6 @@
 """What fills a slot of an objective: a function, made a pytree of the numbers bound to it.
 
-And what does not: a function that its slot cannot call, and slots that do not go together.
+And what cannot: a function that its slot cannot call, and slots that do not go together.
 """
 
 import functools
@@ -11,31 +11,28 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from gpo_jax import _checks, levels, weightings
+from gpo_jax import types
+from gpo_jax._inputs import as_array
+from gpo_jax.traits import traits_of
 
-_PACKAGE = __name__.partition(".")[0]
 
-# What each slot's function is called with; a function of this package names it so, too.
+def _arguments(protocol: Any) -> tuple[str, ...]:
+  return tuple(inspect.signature(protocol.__call__).parameters)[1:]
+
+
+# What each slot's function is called with.
 _ARGUMENTS = {
-  "surrogate": ("log_ratio", "advantages"),
-  "level": ("log_ratio", "rollout"),
-  "divergence": ("ref_log_ratio", "log_ratio", "rollout"),
-  "corrections": ("log_probs", "rollout"),
-  "weighting": ("mask", "segment_ids"),
-  "advantage": ("rewards", "where"),
+  "surrogate": _arguments(types.Surrogate),
+  "level": _arguments(types.Level),
+  "divergence": _arguments(types.Divergence),
+  "corrections": _arguments(types.Correction),
+  "weighting": _arguments(types.Weighting),
+  "advantage": _arguments(types.Advantage),
 }
-_MODULES = ("surrogates", "levels", "divergences", "corrections", "weightings", "advantages")
-_REMEDIES = {
-  "entropy_mask": ": pass rollout.replace(factor=entropy_mask(entropy, rollout))",
-  "sequence_exact": ": bind the KL, lambda _, log_ratio, rollout: sequence_exact(kl, ...)",
-}
-_RESPONSE_LEVELS = (levels.sequence, levels.sequence_sum, levels.geometric)
-_TOKEN_WEIGHTINGS = (weightings.token_mean, weightings.constant_length, weightings.token_sum)
-_TAKE_ARRAYS = ("lengths", "weights")  # of `optimal_baseline` and `decoupled`
 
 
 def as_slot(slot: str, function: Any) -> Partial:
-  """Makes a slot's function a pytree; refuses what cannot be called as the slot calls it."""
+  """Makes a slot's function a pytree, if the slot can call it."""
   if not callable(function):
     raise ValueError(f"{slot} must be a function; got {function!r:.60}")
   function, arguments = as_data(slot, function), _ARGUMENTS[slot]
@@ -48,34 +45,62 @@ def as_slot(slot: str, function: Any) -> Partial:
     signature.bind(*function.args, *arguments, **function.keywords)
   except TypeError as error:
     raise ValueError(f"{expected}; {describe(function)} does not: {error}") from error
-  taken = tuple(signature.parameters)[: len(arguments)]
-  if is_ours(function) and taken != arguments:
-    remedy = _REMEDIES.get(name_of(function), "")
+  taken = tuple(signature.parameters)[len(function.args) :][: len(arguments)]
+  how = traits_of(function).how
+  # Arguments named exactly as another slot's: that is where the function belongs.
+  if how or (taken != arguments and taken in _ARGUMENTS.values()):
+    remedy = f": {how}" if how else ""
     raise ValueError(f"{expected}; {describe(function)} takes ({', '.join(taken)}){remedy}")
   return function
 
 
-def is_ours(function: Any) -> bool:
-  """Tells whether a function is one of this package for slots."""
-  package, _, module = str(getattr(function.func, "__module__", None)).partition(".")
-  return package == _PACKAGE and module in _MODULES
-
-
 def as_data(name: str, value: Any) -> Any:
-  """Makes functions `Partial`s of arrays, so that numbers are leaves and functions structure."""
+  """Makes functions `Partial`s of numbers and arrays: leaves, while functions are structure."""
   if value is None:
     return None
   if isinstance(value, functools.partial):
     _check_none(value)
     args = [as_data(name, arg) for arg in value.args]
-    return Partial(value.func, *args, **{k: as_data(k, v) for k, v in value.keywords.items()})
+    keywords = {key: as_data(key, bound) for key, bound in value.keywords.items()}
+    function = Partial(value.func, *args, **keywords)
+    return _floats(function) if traits_of(function).ours else function
   if callable(value):
     return Partial(value)
-  return _checks.as_parameter(name, value)
+  return as_number(name, value)
+
+
+def as_number(name: str, value: Any) -> Any:
+  """Converts floats to the default float dtype; integers and bools stay exact."""
+  if isinstance(value, bool | int):
+    return value
+  try:
+    array = as_array(name, value)
+  except ValueError as error:
+    remedy = "bind numbers and arrays to a slot's function, and close over anything else"
+    raise ValueError(f"{error}; {remedy}") from error
+  given = value if hasattr(value, "dtype") else array
+  if not jnp.issubdtype(given.dtype, jnp.floating):
+    return given
+  return array.astype(jax.dtypes.canonicalize_dtype(float))
+
+
+def _floats(function: Partial) -> Partial:
+  """Converts what is bound to a function of this package, whose numbers are real, to floats."""
+
+  def convert(key: str, leaf: Any) -> Any:
+    if jnp.ndim(leaf) and key not in traits_of(function).arrays:
+      check_scalar(key, leaf)
+    return as_array(key, leaf).astype(jax.dtypes.canonicalize_dtype(float))
+
+  keywords = {
+    key: jax.tree.map(functools.partial(convert, key), bound)
+    for key, bound in function.keywords.items()
+  }
+  return Partial(function.func, *function.args, **keywords)
 
 
 def _check_none(bound: functools.partial) -> None:
-  """Refuses None, which is no number, unless it is the default."""
+  """Checks that None is bound only to a parameter whose default it is."""
   for name in [name for name, value in bound.keywords.items() if value is None]:
     parameter = inspect.signature(bound.func).parameters.get(name)
     if parameter is not None and parameter.default is not None:
@@ -85,49 +110,57 @@ def _check_none(bound: functools.partial) -> None:
       )
 
 
-def check_numbers(name: str, value: Any) -> None:
-  """Refuses an array where this package takes a number; a function from elsewhere may have one."""
-  if isinstance(value, Partial):
-    for key, setting in value.keywords.items() if is_ours(value) else ():
-      if key not in _TAKE_ARRAYS:
-        check_numbers(key, setting)
-  elif value is not None and jnp.ndim(value):
+def check_scalar(name: str, value: Any) -> None:
+  """Checks that a number is not an array."""
+  if value is not None and jnp.ndim(value):
     raise ValueError(
-      f"{name} must be a scalar; got shape {list(jnp.shape(value))}: sweep it by jax.vmap"
+      f"{name} must be a scalar; got shape {list(jnp.shape(value))}: sweep it with jax.vmap"
     )
+
+
+def check_numbers(slot: Any) -> None:
+  """Checks that the numbers of a function of this package are scalars still, once it is called.
+
+  Between the two, JAX fills an objective with what it likes: a sweep holds arrays outside of vmap.
+  """
+  traits = traits_of(slot)
+  for key, value in slot.keywords.items():
+    if isinstance(value, Partial):
+      check_numbers(value)
+    elif traits.ours and key not in traits.arrays:
+      check_scalar(key, value)
 
 
 def check_combination(slots: Any) -> None:
-  """Refuses an objective whose slots mean nothing together."""
+  """Checks that an objective's slots go together."""
   if (slots.divergence is None) != (slots.beta is None):
     raise ValueError(
       f"divergence and beta go together; got divergence={describe(slots.divergence)}, "
-      f"beta={describe(slots.beta)}. Give both, or neither for no reference policy"
+      f"beta={describe(slots.beta)}. Pass both, or neither for no reference policy"
     )
-  mixed = slots.level.func in _RESPONSE_LEVELS and slots.weighting.func in _TOKEN_WEIGHTINGS
+  mixed = traits_of(slots.level).of_response and traits_of(slots.weighting).by_length
   if mixed and not slots.allow_token_weighting:
     raise ValueError(
-      f"level={describe(slots.level)} gives every token its response's ratio, so that "
-      f"weighting={describe(slots.weighting)} would weigh a response by its length. If "
-      "that is meant, use weightings.sequence_sum (LUSPO) or set allow_token_weighting=True; else "
-      "use weightings.sequence_mean (GSPO) or levels.sequence_token"
+      f"level={describe(slots.level)} gives every token its response's ratio, so "
+      f"weighting={describe(slots.weighting)} would weigh a response by its length. If that is "
+      "meant, use weightings.sequence_sum (LUSPO) or set allow_token_weighting=True; else use "
+      "weightings.sequence_mean (GSPO) or levels.sequence_token"
     )
-
-
-def name_of(function: Any) -> str:
-  """Names the function of a slot."""
-  return getattr(function.func, "__name__", type(function.func).__name__)
 
 
 def describe(value: Any) -> str:
   """Shows the expression that makes a slot."""
   if isinstance(value, Partial):
-    name = name_of(value)
+    name = getattr(value.func, "__name__", type(value.func).__name__)
     args = [describe(arg) for arg in value.args]
-    args += [f"{k}={describe(v)}" for k, v in value.keywords.items() if v is not None]
+    args += [
+      f"{key}={describe(bound)}" for key, bound in value.keywords.items() if bound is not None
+    ]
     return f"{name}({', '.join(args)})" if args else name
   if isinstance(value, tuple):
     return f"({''.join(describe(item) + ', ' for item in value).strip()})"
+  if isinstance(value, bool | int):
+    return str(value)
   scalar = getattr(value, "shape", None) == () and hasattr(value, "__float__")
   if scalar and not isinstance(value, jax.core.Tracer):
     return f"{float(value):.6g}"

@@ -1,10 +1,10 @@
 """Corrections: factors on the surrogate, without gradient, for stale or mismatched samples.
 
 Each is `(log_probs, rollout, *, …) -> factor`, `[..., T]`. An objective multiplies the surrogate,
-never the divergence, by all of its corrections. Where the sampler's own log-probabilities matter, μ
-is `rollout.sampler_log_probs`. A statistic over the batch is computed once, over everything that
-one optimizer step sees, and kept as data: `rollout.replace(factor=covariance_mask(log_probs,
-rollout))`.
+never the divergence, by all of its corrections. log π_old is the rollout's, or `log_probs` if it
+has none; μ is the sampler, `rollout.sampler_log_probs`. Compute a statistic over the batch once,
+over the data of one optimizer step, and keep it as data:
+`rollout.replace(factor=covariance_mask(log_probs, rollout))`.
 """
 
 import functools
@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax import levels
-from gpo_jax._checks import clean, with_token_axis
 from gpo_jax._mesh import whole
 from gpo_jax._numerics import bound
+from gpo_jax._padding import clean
+from gpo_jax.traits import slot_function
 from gpo_jax.types import Level, Rollout
 
 
@@ -41,8 +42,8 @@ def _behaviour(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
 
 
 def _drop(dropped: jax.Array, statistic: jax.Array, *limits: chex.Numeric) -> jax.Array:
-  # A comparison hides what is not a number: x − x is 0, or NaN where the statistic is not finite,
-  # and a limit that is NaN, unlike one that is infinite, is a mistake.
+  # A comparison hides a NaN: x − x is 0, or NaN if the statistic is not finite. A limit that is
+  # NaN, unlike an infinite one, is a mistake.
   bad = functools.reduce(jnp.logical_or, map(jnp.isnan, limits), jnp.zeros((), bool))
   return jnp.where(bad, jnp.nan, jnp.where(dropped, 0, 1) + (statistic - statistic))
 
@@ -52,6 +53,7 @@ def _importance(log_probs: jax.Array, rollout: Rollout, level: Level, name: str)
   return jnp.exp(bound(level(jax.lax.stop_gradient(log_weight), rollout)))
 
 
+@slot_function(tokenwise=True)
 def truncate_importance(
   log_probs: jax.Array,
   rollout: Rollout,
@@ -64,20 +66,14 @@ def truncate_importance(
       min(w, cap),   w = π_old/μ at the level
 
   Args:
-    log_probs: log π, `[..., T]`; it stands for log π_old where the rollout has none.
-    rollout: its sampler_log_probs are needed.
+    rollout: needs `sampler_log_probs`.
     cap: the largest weight, > 0.
-    level: a function of `gpo_jax.levels`: `token`, `sequence` or `sequence_sum`.
-
-  Returns:
-    The factor, `[..., T]`.
-
-  Raises:
-    ValueError: without `sampler_log_probs`.
+    level: a function of `gpo_jax.levels`: `token`, `sequence` or `sequence_product`.
 
   Example:
     >>> old, sampler = jnp.log(jnp.array([0.6, 0.9])), jnp.log(jnp.array([0.5, 0.1]))
-    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old, sampler_log_probs=sampler)
+    >>> one, logs = jnp.ones(2), {"old_log_probs": old, "sampler_log_probs": sampler}
+    >>> rollout = Rollout(advantages=one, mask=one, weights=one, **logs)
     >>> print(truncate_importance(old, rollout))
     [1.2 2. ]
 
@@ -87,6 +83,7 @@ def truncate_importance(
   return jnp.minimum(_importance(log_probs, rollout, level, "truncate_importance"), cap)
 
 
+@slot_function(tokenwise=True)
 def mask_importance(
   log_probs: jax.Array,
   rollout: Rollout,
@@ -100,21 +97,15 @@ def mask_importance(
       w if low ≤ w ≤ high else 0,   w = π_old/μ at the level
 
   Args:
-    log_probs: log π, `[..., T]`; it stands for log π_old where the rollout has none.
-    rollout: its sampler_log_probs are needed.
+    rollout: needs `sampler_log_probs`.
     low: the smallest weight kept, ≥ 0.
     high: the largest weight kept.
-    level: a function of `gpo_jax.levels`: `token`, `sequence` or `sequence_sum`.
-
-  Returns:
-    The factor, `[..., T]`.
-
-  Raises:
-    ValueError: without `sampler_log_probs`.
+    level: a function of `gpo_jax.levels`: `token`, `sequence` or `sequence_product`.
 
   Example:
     >>> old, sampler = jnp.log(jnp.array([0.6, 0.9])), jnp.log(jnp.array([0.5, 0.1]))
-    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old, sampler_log_probs=sampler)
+    >>> one, logs = jnp.ones(2), {"old_log_probs": old, "sampler_log_probs": sampler}
+    >>> rollout = Rollout(advantages=one, mask=one, weights=one, **logs)
     >>> print(mask_importance(old, rollout))
     [1.2 0. ]
 
@@ -124,6 +115,7 @@ def mask_importance(
   return weight * _drop((weight < low) | (weight > high), weight, low, high)
 
 
+@slot_function()
 def off_policy_sequence_mask(
   log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric
 ) -> jax.Array:
@@ -132,16 +124,13 @@ def off_policy_sequence_mask(
       0 if A < 0 and mean_t log(μ_t/π_t) > threshold else 1
 
   Args:
-    log_probs: log π, `[..., T]`.
-    rollout: μ is its sampler_log_probs, or its old_log_probs where it has none.
+    rollout: μ is its sampler_log_probs, or its old_log_probs if it has none.
     threshold: δ ≥ 0, in nats per token.
-
-  Returns:
-    The factor, `[..., T]`, 0 or 1.
 
   Example:
     >>> old = jnp.log(jnp.array([[0.5, 0.5], [0.5, 0.5]]))
-    >>> rollout = Rollout(jnp.array([-1.0, 1.0]), jnp.ones((2, 2)), jnp.ones((2, 2)), old)
+    >>> ones, signs = jnp.ones((2, 2)), jnp.array([[-1.0], [1.0]])
+    >>> rollout = Rollout(advantages=signs, mask=ones, weights=ones, old_log_probs=old)
     >>> print(off_policy_sequence_mask(old - 1.0, rollout, threshold=0.5))
     [[0. 0.]
      [1. 1.]]
@@ -149,16 +138,17 @@ def off_policy_sequence_mask(
   Reference: DeepSeek-AI (2025, DeepSeek-V3.2), arXiv:2512.02556, Eq. 8 and 9.
   """
   drift = levels.sequence(_behaviour(log_probs, rollout) - log_probs, rollout)
-  dropped = (with_token_axis(rollout.advantages, log_probs) < 0) & (drift > threshold)
+  dropped = (rollout.advantages < 0) & (drift > threshold)
   return _drop(dropped, drift, threshold)
 
 
 def _away(drift: jax.Array, rollout: Rollout) -> jax.Array:
-  """Where the surrogate's gradient would move π further away from μ; drift is log π/μ."""
-  advantages = with_token_axis(rollout.advantages, drift)
+  """Marks tokens at which the surrogate's gradient moves π away from μ; drift is log π/μ."""
+  advantages = rollout.advantages
   return ((advantages > 0) & (drift > 0)) | ((advantages < 0) & (drift < 0))
 
 
+@slot_function(tokenwise=True)
 def total_variation_mask(
   log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric = 0.2
 ) -> jax.Array:
@@ -167,16 +157,13 @@ def total_variation_mask(
       0 if (A > 0 and π − μ > threshold) or (A < 0 and μ − π > threshold) else 1
 
   Args:
-    log_probs: log π, `[..., T]`.
-    rollout: μ is its sampler_log_probs, or its old_log_probs where it has none.
+    rollout: μ is its sampler_log_probs, or its old_log_probs if it has none.
     threshold: δ in (0, 1), in probability.
-
-  Returns:
-    The factor, `[..., T]`, 0 or 1.
 
   Example:
     >>> old = jnp.log(jnp.array([0.5, 0.01]))
-    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old)
+    >>> one = jnp.ones(2)
+    >>> rollout = Rollout(advantages=one, mask=one, weights=one, old_log_probs=old)
     >>> print(total_variation_mask(jnp.log(jnp.array([0.8, 0.1])), rollout))
     [0. 1.]
 
@@ -187,22 +174,20 @@ def total_variation_mask(
   return _drop(_away(drift, rollout) & (moved > threshold), drift, threshold)
 
 
+@slot_function(tokenwise=True)
 def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Numeric) -> jax.Array:
-  """Drops tokens as `total_variation_mask` does, by the KL divergence of "this token or another".
+  """Drops tokens as `total_variation_mask` does, by the KL divergence of "this token or not".
 
       KL = μ log(μ/π) + (1−μ) log((1−μ)/(1−π));   0 if KL > threshold and π moves away from μ else 1
 
   Args:
-    log_probs: log π, `[..., T]`.
-    rollout: μ is its sampler_log_probs, or its old_log_probs where it has none.
+    rollout: μ is its sampler_log_probs, or its old_log_probs if it has none.
     threshold: δ > 0, in nats.
-
-  Returns:
-    The factor, `[..., T]`, 0 or 1.
 
   Example:
     >>> old = jnp.log(jnp.array([0.5, 0.01]))
-    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old)
+    >>> one = jnp.ones(2)
+    >>> rollout = Rollout(advantages=one, mask=one, weights=one, old_log_probs=old)
     >>> print(binary_kl_mask(jnp.log(jnp.array([0.8, 0.02])), rollout, threshold=0.1))
     [0. 1.]
 
@@ -219,9 +204,10 @@ def binary_kl_mask(log_probs: jax.Array, rollout: Rollout, *, threshold: chex.Nu
 
 def _response_log_ratio(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
   log_ratio = jax.lax.stop_gradient(log_probs - _old(log_probs, rollout))
-  return bound(levels.sequence_sum(log_ratio, rollout))
+  return bound(levels.sequence_product(log_ratio, rollout))
 
 
+@slot_function()
 def vespo(
   log_probs: jax.Array,
   rollout: Rollout,
@@ -231,38 +217,35 @@ def vespo(
   k_neg: chex.Numeric = 3.0,
   lambda_neg: chex.Numeric = 2.0,
 ) -> jax.Array:
-  """Reshapes the response's ratio smoothly: rising up to W = k/λ, fading beyond.
+  """Weighs responses by a smooth function of their ratio: rising to W = k/λ, fading beyond.
 
       φ(W) = W^k e^(λ(1−W)),   W = Π_t ρ_t;   (k, λ) by the sign of A
 
-  For the surrogate `reinforce`.
+  1 on-policy. For the surrogate `reinforce`.
 
   Args:
-    log_probs: log π, `[..., T]`.
-    rollout: its advantages, old_log_probs, mask and segment_ids are used.
-    k_pos: k > 0 where A ≥ 0.
-    lambda_pos: λ > 0 where A ≥ 0.
-    k_neg: k > 0 where A < 0.
-    lambda_neg: λ > 0 where A < 0.
-
-  Returns:
-    φ(W) at every token of the response, `[..., T]`; 1 on-policy.
+    k_pos: k > 0 if A ≥ 0.
+    lambda_pos: λ > 0 if A ≥ 0.
+    k_neg: k > 0 if A < 0.
+    lambda_neg: λ > 0 if A < 0.
 
   Example:
     >>> old = jnp.log(jnp.array([0.5, 0.5]))
-    >>> rollout = Rollout(jnp.ones(()), jnp.ones(2), jnp.ones(2), old)
+    >>> one = jnp.ones(2)
+    >>> rollout = Rollout(advantages=one, mask=one, weights=one, old_log_probs=old)
     >>> print(vespo(old, rollout))
     [1. 1.]
 
   Reference: Shen et al. (2026, VESPO), arXiv:2602.10693.
   """
-  negative = with_token_axis(rollout.advantages, log_probs) < 0
+  negative = rollout.advantages < 0
   k = jnp.where(negative, k_neg, k_pos)
   scale = jnp.where(negative, lambda_neg, lambda_pos)
   log_weight = _response_log_ratio(log_probs, rollout)
   return jnp.exp(k * log_weight - scale * jnp.expm1(log_weight))
 
 
+@slot_function()
 def topr(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
   """Tapers bad responses by their likelihood ratio and leaves good ones as they are.
 
@@ -270,23 +253,17 @@ def topr(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
 
   For the surrogate `reinforce`.
 
-  Args:
-    log_probs: log π, `[..., T]`.
-    rollout: its advantages, old_log_probs, mask and segment_ids are used.
-
-  Returns:
-    The factor at every token of the response, `[..., T]`.
-
   Example:
     >>> old = jnp.log(jnp.array([[0.5, 0.5], [0.5, 0.5]]))
-    >>> rollout = Rollout(jnp.array([-1.0, 1.0]), jnp.ones((2, 2)), jnp.ones((2, 2)), old)
+    >>> ones, signs = jnp.ones((2, 2)), jnp.array([[-1.0], [1.0]])
+    >>> rollout = Rollout(advantages=signs, mask=ones, weights=ones, old_log_probs=old)
     >>> print(topr(old + jnp.log(0.5), rollout))
     [[0.25 0.25]
      [1.   1.  ]]
 
   Reference: Le Roux et al. (2025, TOPR), arXiv:2503.14286.
   """
-  negative = with_token_axis(rollout.advantages, log_probs) < 0
+  negative = rollout.advantages < 0
   ratio = jnp.exp(jnp.minimum(_response_log_ratio(log_probs, rollout), 0))
   return jnp.where(negative, ratio, jnp.ones_like(ratio))
 
@@ -302,28 +279,25 @@ def _quantile(values: jax.Array, mask: jax.Array, quantile: chex.Numeric) -> jax
   return lower + (position - below) * (upper - lower)
 
 
+@slot_function()
 def covariance_mask(
   log_probs: jax.Array, rollout: Rollout, *, fraction: chex.Numeric = 2e-4
 ) -> jax.Array:
   """Drops the tokens whose update costs the most entropy.
 
-      cov_t = (log π_t − mean(log π)) (A_t − mean(A));   0 for the top `fraction` of tokens
+      cov_t = (log π_t − mean(log π)) (A_t − mean(A));   0 for the top `fraction` of tokens, else 1
 
-  The statistics are over the tokens of one call: to cut a batch, compute it once, as
+  The statistics are over the tokens of one call: before slicing a batch compute it once, as
   `rollout.factor`. (The paper drops that many at random among tokens above a bound; this drops the
   top ones.) To penalise them instead (kl-cov), keep `chosen = 1 - covariance_mask(…)` as data and
   add `jnp.sum(rollout.weights * chosen * jnp.abs(log_probs - old_log_probs), where=rollout.mask)`.
 
   Args:
-    log_probs: log π, `[..., T]`.
-    rollout: its advantages and mask are used.
     fraction: the share of active tokens to drop, in [0, 1).
 
-  Returns:
-    The factor, `[..., T]`, 0 or 1.
-
   Example:
-    >>> rollout = Rollout(jnp.array([2.0, -2.0]), jnp.ones((2, 2)), jnp.ones((2, 2)))
+    >>> ones, advantages = jnp.ones((2, 2)), jnp.array([2.0, -2.0])
+    >>> rollout = Rollout(advantages=advantages, mask=ones, weights=ones)
     >>> print(covariance_mask(jnp.array([[-0.1, -3.0], [-1.0, -1.1]]), rollout, fraction=0.25))
     [[0. 1.]
      [1. 1.]]
@@ -341,26 +315,23 @@ def covariance_mask(
   return _drop(mask & (covariance > limit), covariance, limit)
 
 
+@slot_function(how="pass rollout.replace(factor=entropy_mask(entropy, rollout))")
 def entropy_mask(
   entropy: jax.Array, rollout: Rollout, *, quantile: chex.Numeric = 0.8
 ) -> jax.Array:
-  """Keeps the tokens at which the policy is least certain.
+  """Keeps the tokens of highest entropy.
 
-      1 where the entropy is at or above its quantile over the batch, else 0
+      1 if the entropy is at or above its quantile over the batch, else 0
 
-  It takes entropies in place of log-probabilities, so compute it once and keep it as data:
+  Its argument is entropies, not log-probabilities, so compute it once and keep it as data:
   `rollout.replace(factor=entropy_mask(entropy, rollout))`.
 
   Args:
     entropy: of the policy at each token, `[..., T]`, in nats.
-    rollout: its mask is used.
     quantile: the share of active tokens to drop, in [0, 1).
 
-  Returns:
-    The factor, `[..., T]`, 0 or 1.
-
   Example:
-    >>> rollout = Rollout(jnp.ones(()), jnp.ones(4), jnp.ones(4))
+    >>> rollout = Rollout(advantages=1.0, mask=jnp.ones(4), weights=jnp.ones(4))
     >>> print(entropy_mask(jnp.array([0.1, 0.2, 0.3, 2.0]), rollout, quantile=0.7))
     [0. 0. 0. 1.]
 

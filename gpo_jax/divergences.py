@@ -1,8 +1,9 @@
 """Divergences: the penalty for leaving the reference policy, token by token.
 
 Each is `(ref_log_ratio, log_ratio, rollout) -> penalty`, with δ = log π − log π_ref, d = log π −
-log π_old and ρ = e^d, of the tokens, whatever the objective's level. Samples come from π_old. An
-estimator may be unbiased in value and point elsewhere in gradient; p is π, q is π_ref, μ is π_old:
+log π_old and ρ = e^d, of the tokens, whatever the objective's level; all `[..., T]`. Samples come
+from π_old. An estimator may be unbiased in value and biased in gradient; p is π, q is π_ref, μ is
+π_old:
 
     name                value: p = μ / p ≠ μ        gradient: p = μ / p ≠ μ
     k1                  KL(p‖q) / biased             0 (noise) / −∇KL(μ‖p)
@@ -14,7 +15,8 @@ estimator may be unbiased in value and point elsewhere in gradient; p is π, q i
     chi2_minus_kl       χ² − KL / χ² − KL            ∇(χ² − KL) / ∇(χ² − KL)
     forward_kl          KL(q‖p) / KL(q‖p)            ∇KL(q‖p) / ∇KL(q‖p)
 
-That is for one token; `sequence_unbiased` and `sequence_exact` are exact for whole responses.
+That holds for one token; `sequence_unbiased` and `sequence_exact` are exact for whole responses. A
+penalty of your own may ignore δ, which is None for a rollout without a reference policy.
 """
 
 import jax
@@ -22,23 +24,17 @@ import jax.numpy as jnp
 
 from gpo_jax import _segments
 from gpo_jax._numerics import bound, exp_excess, with_slope
+from gpo_jax.traits import slot_function
 from gpo_jax.types import Rollout
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def k1(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes the log-ratio itself: δ.
+  """Computes the log-ratio itself: δ.
 
-  Right in value, useless as a loss: on-policy its gradient is pure noise around 0. In the reward it
-  is the textbook choice, with a mask of bools:
+  Right in value, useless as a loss: on-policy its gradient is noise around 0. As part of the reward
+  it is the textbook choice, with a mask of bools:
   `rewards - beta * jnp.sum(old_log_probs - ref_log_probs, -1, where=mask)`.
-
-  Args:
-    ref_log_ratio: δ, any shape.
-    log_ratio: not used.
-    rollout: not used.
-
-  Returns:
-    δ.
 
   Example:
     >>> print(k1(jnp.array([0.5]), None, None))
@@ -50,18 +46,11 @@ def k1(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
   return ref_log_ratio
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def k2(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes half the squared log-ratio: δ²/2.
+  """Computes half the squared log-ratio: δ²/2.
 
   On-policy its gradient is exactly ∇KL(π‖π_ref); its value is not the KL.
-
-  Args:
-    ref_log_ratio: δ, any shape.
-    log_ratio: not used.
-    rollout: not used.
-
-  Returns:
-    δ²/2 ≥ 0.
 
   Example:
     >>> print(k2(jnp.array([2.0]), None, None))
@@ -73,19 +62,12 @@ def k2(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
   return ref_log_ratio**2 / 2
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes e^−δ + δ − 1, GRPO's penalty, without cancellation.
+  """Computes e^−δ + δ − 1, GRPO's penalty, without cancellation.
 
   On-policy an unbiased, positive estimate of KL(π‖π_ref), but its gradient is ∇KL(π_ref‖π). For the
   gradient of what it estimates, off-policy too, use `unbiased`.
-
-  Args:
-    ref_log_ratio: δ, any shape.
-    log_ratio: not used.
-    rollout: not used.
-
-  Returns:
-    e^−δ + δ − 1 ≥ 0.
 
   Example:
     >>> print(k3(jnp.array([0.0, -1.0]), None, None))
@@ -97,19 +79,12 @@ def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
   return exp_excess(-ref_log_ratio)
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes the size of the log-ratio: `|δ|`.
+  """Computes the size of the log-ratio: `|δ|`.
 
-  On-policy its gradient is that of twice the total variation distance between π and π_ref; 0 where
-  they agree, though `jnp.abs` has slope 1 at 0.
-
-  Args:
-    ref_log_ratio: δ, any shape.
-    log_ratio: not used.
-    rollout: not used.
-
-  Returns:
-    `|δ|`.
+  On-policy its gradient is that of twice the total variation distance between π and π_ref; 0 if
+  they agree, although `jnp.abs` has slope 1 at 0.
 
   Example:
     >>> print(absolute(jnp.array([-0.5]), None, None))
@@ -121,20 +96,13 @@ def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -
   return with_slope(jnp.abs(ref_log_ratio), jnp.sign(ref_log_ratio), ref_log_ratio)
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def straight_through(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes the value of `k3` and the gradient of `k2`.
+  """Combines the value of `k3` with the gradient of `k2`.
 
       δ²/2 − sg(δ²/2) + sg(e^−δ + δ − 1)
 
   On-policy both belong to KL(π‖π_ref); off-policy neither does.
-
-  Args:
-    ref_log_ratio: δ, any shape.
-    log_ratio: not used.
-    rollout: not used.
-
-  Returns:
-    e^−δ + δ − 1 ≥ 0.
 
   Example:
     >>> print(jax.grad(straight_through)(-1.0, None, None))
@@ -146,20 +114,13 @@ def straight_through(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Ro
   return with_slope(exp_excess(-ref_log_ratio), ref_log_ratio, ref_log_ratio)
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def unbiased(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes ρ(e^−δ + δ − 1) with ρ differentiable: unbiased for KL(π‖π_ref) off-policy as well.
+  """Computes ρ(e^−δ + δ − 1) with ρ differentiable: unbiased for KL(π‖π_ref) off-policy as well.
 
-  Computed as sg(ρ(e^−δ + δ − 1)) + sg(ρδ)(log π − sg(log π)), the same value and gradient: added up
-  by autodiff, the two parts of the gradient cancel, and nothing is left of ρδ at δ = −30. First
-  derivatives only: the second is not that of the formula.
-
-  Args:
-    ref_log_ratio: δ, any shape.
-    log_ratio: d, of the same shape.
-    rollout: not used.
-
-  Returns:
-    ρ(e^−δ + δ − 1) ≥ 0.
+  Computed as sg(ρ(e^−δ + δ − 1)) + sg(ρδ)(log π − sg(log π)), of the same value and gradient: under
+  autodiff the two parts of the gradient cancel, and nothing is left of ρδ at δ = −30. Only first
+  derivatives are those of the formula.
 
   Example:
     >>> print(jax.grad(lambda x: unbiased(x - 1.0, x, None))(0.0))  # ρδ
@@ -172,104 +133,76 @@ def unbiased(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -
   return with_slope(ratio * exp_excess(-ref_log_ratio), ratio * ref_log_ratio, ref_log_ratio)
 
 
+@slot_function(needs_reference=True)
 def sequence_unbiased(
   ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout
 ) -> jax.Array:
-  """Takes ρ_1⋯ρ_t (e^−δ_t + δ_t − 1): unbiased for the KL of whole responses, off-policy as well.
+  """Computes ρ_1⋯ρ_t (e^−δ_t + δ_t − 1): unbiased for the KL of whole responses, off-policy too.
 
   The sum over a response's tokens estimates KL(π‖π_ref) over responses, value and gradient, from
-  samples of any π_old; token ratios leave the states' distribution at π_old's. The price is
-  variance that grows with length and staleness. Exact with weights that do not depend on lengths:
-  `sequence_sum`, `constant_length`, `token_sum`; with `token_mean` in the limit of large batches.
-  First derivatives only, as in `unbiased`.
-
-  Args:
-    ref_log_ratio: δ_t, `[..., T]`.
-    log_ratio: d_t, `[..., T]`.
-    rollout: its mask and segment_ids are used.
-
-  Returns:
-    The penalties, `[..., T]`, ≥ 0.
+  samples of any π_old; token ratios alone keep the distribution of states at π_old's. The price
+  is variance that grows with length and staleness. Exact with weights that do not depend on
+  lengths: `sequence_sum`, `constant_length`, `token_sum`; with `token_mean` in the limit of large
+  batches. First derivatives only, as in `unbiased`.
 
   Example:
-    >>> from gpo_jax import Rollout
-    >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
+    >>> rollout = Rollout(advantages=0, mask=jnp.ones(2), weights=jnp.ones(2))
     >>> log_ratio, ref_log_ratio = jnp.log(jnp.array([2.0, 2.0])), jnp.array([-1.0, -1.0])
     >>> print(sequence_unbiased(ref_log_ratio, log_ratio, rollout))
     [1.437 2.873]
   """
   # Written like `unbiased`: ρ_1⋯ρ_t moves with token t through the identity there, and with the
   # earlier tokens through `earlier`, whose terms all have one sign and cannot cancel.
-  active = jnp.where(rollout.mask.astype(bool), log_ratio, 0)
-  earlier = _segments.earlier(active, rollout.segment_ids)
-  ratio = jnp.exp(bound(earlier + active))
+  earlier = _segments.earlier(log_ratio, rollout.segment_ids)
+  ratio = jnp.exp(bound(earlier + log_ratio))
   penalty = ratio * exp_excess(-ref_log_ratio)
   own = with_slope(penalty, ratio * ref_log_ratio, ref_log_ratio)
   return own + with_slope(jnp.zeros_like(penalty), penalty, earlier)
 
 
+@slot_function(
+  how="bind the KL: lambda _, log_ratio, rollout: sequence_exact(kl, log_ratio, rollout)"
+)
 def sequence_exact(kl: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes ρ_1⋯ρ_t−1 KL_t, with KL_t over the whole vocabulary: exact for the KL of responses.
+  """Computes ρ_1⋯ρ_t−1 KL_t, with KL_t over the whole vocabulary: exact for the KL of responses.
 
-  Like `sequence_unbiased`, with no noise from the sampled token. For an objective's divergence bind
-  the KL by a lambda: `lambda _, log_ratio, rollout: sequence_exact(kl, log_ratio, rollout)`.
+  Like `sequence_unbiased`, without the sampled token's noise. As an objective's divergence:
+  `lambda _, log_ratio, rollout: sequence_exact(kl, log_ratio, rollout)`.
 
   Args:
     kl: KL(π‖π_ref) at each position, `[..., T]`, from `exact_kl`, with its gradient.
     log_ratio: d_t, `[..., T]`.
     rollout: its mask and segment_ids are used.
 
-  Returns:
-    The penalties, `[..., T]`, ≥ 0.
-
   Example:
-    >>> from gpo_jax import Rollout
-    >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
+    >>> rollout = Rollout(advantages=0, mask=jnp.ones(2, bool), weights=jnp.ones(2))
     >>> print(sequence_exact(jnp.array([0.1, 0.1]), jnp.log(jnp.array([2.0, 2.0])), rollout))
     [0.1 0.2]
   """
-  mask = rollout.mask.astype(bool)
-  active = jnp.where(mask, log_ratio, 0)
-  earlier = _segments.earlier(active, rollout.segment_ids)
-  return jnp.exp(bound(earlier)) * jnp.where(mask, kl, 0)
+  earlier = _segments.earlier(log_ratio, rollout.segment_ids)
+  return jnp.exp(bound(earlier)) * jnp.where(rollout.mask, kl, 0)  # kl never was at an entry
 
 
+@slot_function(needs_reference=True)
 def sequence_k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes `k3` of the whole response: δ = Σ_t δ_t, at every token of it.
-
-  Args:
-    ref_log_ratio: δ_t, `[..., T]`.
-    log_ratio: not used.
-    rollout: its mask and segment_ids are used.
-
-  Returns:
-    e^−δ + δ − 1 ≥ 0 of the response, `[..., T]`.
+  """Computes `k3` of the whole response: δ = Σ_t δ_t, at every token of it.
 
   Example:
-    >>> from gpo_jax import Rollout
-    >>> rollout = Rollout(jnp.ones(()), jnp.array([1, 1]), jnp.ones(2))
+    >>> rollout = Rollout(advantages=0, mask=jnp.ones(2), weights=jnp.ones(2))
     >>> print(sequence_k3(jnp.array([-0.5, -0.5]), None, rollout))
     [0.718 0.718]
 
   Reference: DeepSeek-AI (2025, DeepSeek-R1), arXiv:2501.12948, the KL term over whole outputs.
   """
-  active = jnp.where(rollout.mask.astype(bool), ref_log_ratio, 0)
-  return k3(bound(_segments.total(active, rollout.segment_ids)), log_ratio, rollout)
+  return k3(bound(rollout.total(ref_log_ratio)), log_ratio, rollout)
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def chi2_minus_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes ρ(r − log r − 1) with r = π/π_ref: the written specification's penalty.
+  """Computes ρ(r − log r − 1) with r = π/π_ref: the written specification's penalty.
 
   Unbiased for χ²(π‖π_ref) − KL(π‖π_ref) for every π_old. Below r = 0.203 it rewards pushing a token
   further down; `unbiased` is the KL.
-
-  Args:
-    ref_log_ratio: δ = log r, any shape.
-    log_ratio: d, of the same shape.
-    rollout: not used.
-
-  Returns:
-    ρ(e^δ − δ − 1) ≥ 0.
 
   Example:
     >>> print(chi2_minus_kl(jnp.array([1.0]), jnp.array([0.0]), None))
@@ -281,18 +214,11 @@ def chi2_minus_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollo
   return jnp.exp(log_ratio) * exp_excess(ref_log_ratio)
 
 
+@slot_function(tokenwise=True, needs_reference=True)
 def forward_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Takes (π_ref/π_old)(r − log r − 1) with r = π/π_ref: unbiased for KL(π_ref‖π).
+  """Computes (π_ref/π_old)(r − log r − 1) with r = π/π_ref: unbiased for KL(π_ref‖π).
 
   The weight π_ref/π_old does not depend on the policy.
-
-  Args:
-    ref_log_ratio: δ = log r, any shape.
-    log_ratio: d, of the same shape.
-    rollout: not used.
-
-  Returns:
-    e^(d−δ) (e^δ − δ − 1) ≥ 0.
 
   Example:
     >>> print(forward_kl(jnp.array([1.0]), jnp.array([1.0]), None))

@@ -3,17 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-from gpo_jax import _checks
 from gpo_jax._numerics import MAX_LOG_RATIO, bound, exp_excess
+from gpo_jax._padding import clean
 from gpo_jax.types import Rollout, Terms
 
 
 def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   """Reduces the terms of a step to scalars.
 
-  It reduces all of a call's arrays, so call it once on everything that an optimizer step saw: the
-  terms of microbatches concatenate as the rollout does. Compiled code drops terms that nobody
-  reads.
+  Call it once on the data of one optimizer step: the terms of microbatches concatenate, in the
+  order of the rollout's rows. Compiled code drops terms that nobody reads.
 
   Args:
     terms: from the objective, `[..., G, T]` each.
@@ -24,19 +23,19 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
 
     - `loss`, `surrogate`, `divergence`: weighted sums over tokens, like the loss.
     - `clip_fraction`: tokens whose surrogate has slope 0 although A ≠ 0: `clip_fraction_low` with
-      ρ ≤ 1, `clip_fraction_high` with ρ > 1. What a level or a correction holds back, and CISPO's
-      weights, do not count here.
+      ρ ≤ 1, `clip_fraction_high` with ρ > 1. What a level or a correction clips, and CISPO's
+      weights, do not count.
     - `ratio_mean`, `ratio_max`, `ratio_min`: of ρ over tokens.
     - `effective_sample_size`: (Σρ)²/(NΣρ²), in (0, 1].
     - `old_kl`: an estimate of KL(π_old‖π), in nats per token.
     - `bounded_fraction`: tokens with log ρ at the bound of ±20.
     - `zero_advantage_fraction`: tokens with A = 0.
     - `factor_mean`, `dropped_fraction`: of the corrections' factor, and of factors that are 0.
-    - `entropy`: in nats per token, where `terms.entropy` has it.
-    - `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token, where both are known.
+    - `entropy`: in nats per token, if `terms.entropy` has it.
+    - `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token, if both are known.
 
   Raises:
-    ValueError: for what is no `Terms`, and where the rollout does not fit the terms.
+    ValueError: if it is not given `Terms`, or the rollout does not fit them.
 
   Example:
     >>> import gpo_jax as gpo
@@ -52,9 +51,15 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
       f"terms must be Terms; got {type(terms).__name__}: call loss, terms = objective(log_probs, "
       "rollout), then summarize(terms, rollout)"
     )
-  _, rollout = _checks.clean(terms.loss, rollout, name="terms")
+  if jnp.shape(terms.loss) != jnp.shape(rollout.mask):
+    raise ValueError(
+      "terms must have the shape of rollout.mask; got terms "
+      f"{list(jnp.shape(terms.loss))}, mask {list(jnp.shape(rollout.mask))}: concatenate the terms "
+      "of microbatches (in optax AccumulationType.CONCAT), do not sum them"
+    )
+  _, rollout = clean(terms.loss, rollout, name="terms")
   mask, weights, advantages = rollout.mask, rollout.weights, rollout.advantages
-  # Each pass over the tokens costs as much as the loss itself, so passes are shared where they can.
+  # Each pass over the tokens costs as much as the loss itself, so passes are shared.
   tokens = mask.astype(weights.dtype)
   if advantages.shape != mask.shape:  # one advantage per row, for as many tokens as the row has
     tokens = jnp.sum(tokens, axis=-1, keepdims=True)
@@ -100,6 +105,7 @@ def _of_ratio(ratio: jax.Array, mask: jax.Array, count: jax.Array) -> dict[str, 
   return {
     "ratio_mean": mean,
     "ratio_max": jnp.max(ratio) + nan,
-    "ratio_min": jnp.where(some, jnp.min(jnp.where(mask, ratio, jnp.inf)), 0) + nan,
+    "ratio_min": jnp.where(some, jnp.min(jnp.where(mask, ratio, jnp.finfo(ratio.dtype).max)), 0)
+    + nan,
     "effective_sample_size": mean**2 / jnp.where(some, square, 1),
   }

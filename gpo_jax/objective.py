@@ -5,6 +5,7 @@ loss = Σ_t weight_t (−factor_t surrogate(level(log_ratio))_t + β divergence_
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -12,18 +13,20 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
-from gpo_jax import _checks, _segments
+from gpo_jax import _segments
+from gpo_jax._inputs import as_array, as_mask, as_segment_ids, check_returned
 from gpo_jax._numerics import bound
+from gpo_jax._padding import clean, validate
 from gpo_jax._slots import (
-  as_data,
+  as_number,
   as_slot,
   check_combination,
   check_numbers,
+  check_scalar,
   describe,
-  is_ours,
-  name_of,
 )
-from gpo_jax.advantages import by_group, decoupled
+from gpo_jax.advantages import by_group
+from gpo_jax.traits import traits_of
 from gpo_jax.types import (
   Advantage,
   Correction,
@@ -45,25 +48,25 @@ class Objective:
 
   An objective is a pytree: the numbers bound to its functions (`functools.partial(clip,
   epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
-  once, `jax.vmap` over objectives is a sweep and `jax.grad` through one gives meta-gradients: of
+  once, `jax.vmap` over objectives is a sweep and `jax.grad` through one computes meta-gradients: of
   `beta` and of the numbers of all slots but `advantage` and `weighting`, whose results are data and
-  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. The
-  loss's slots are traced, outside `jax.jit` too.
+  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. The slots in
+  the loss are traced, outside of `jax.jit` too, in each call anew.
 
   Attributes:
-    surrogate: `(log_ratio, advantages) -> objective`, to be maximised; see `gpo_jax.surrogates`.
-    level: `(log_ratio, rollout) -> log_ratio`; see `gpo_jax.levels`.
-    advantage: `(rewards, where) -> advantages`; see `gpo_jax.advantages`.
-    weighting: `(mask, segment_ids) -> weights`; see `gpo_jax.weightings`.
-    divergence: `(ref_log_ratio, log_ratio, rollout) -> penalty`; None for no reference policy.
-    beta: the divergence's weight, a scalar; None with no divergence.
-    corrections: `(log_probs, rollout) -> factor` each; see `gpo_jax.corrections`.
-    allow_token_weighting: set it to weigh responses by length under a response's ratio, on purpose.
+    surrogate: a `Surrogate`, maximised; see `gpo_jax.surrogates`.
+    level: a `Level`; see `gpo_jax.levels`.
+    advantage: an `Advantage`; see `gpo_jax.advantages`.
+    weighting: a `Weighting`; see `gpo_jax.weightings`.
+    divergence: a `Divergence`, minimised, or None; see `gpo_jax.divergences`.
+    beta: the divergence's weight, a scalar; None without a divergence.
+    corrections: a tuple of `Correction`s; see `gpo_jax.corrections`.
+    allow_token_weighting: whether a response's ratio may be weighted by the response's length.
 
   Raises:
-    ValueError: for a divergence without beta or the reverse, a slot that is no function or one that
-      does not take what the slot calls it with, and a response-level ratio under a token-level
-      weighting unless allowed.
+    ValueError: for a divergence without beta or the reverse, a slot that is not a function or does
+      not take what the slot calls it with, and a response-level ratio under a token-level weighting
+      unless allowed.
 
   Example:
     >>> from functools import partial
@@ -96,7 +99,8 @@ class Objective:
         object.__setattr__(self, name, as_slot(name, getattr(self, name)))
     if callable(self.beta):
       raise ValueError("beta must be a number; got a function: pass beta=schedule(step)")
-    object.__setattr__(self, "beta", as_data("beta", self.beta))
+    if self.beta is not None:
+      object.__setattr__(self, "beta", jnp.asarray(as_number("beta", self.beta), float))
     given = self.corrections
     if not isinstance(given, tuple | list) or not all(map(callable, given)):
       raise ValueError(f"corrections must be a tuple of functions; got {given!r:.60}")
@@ -106,29 +110,29 @@ class Objective:
 
   def prepare(
     self,
-    rewards: jax.Array,
-    mask: jax.Array,
+    rewards: jax.Array | None = None,
+    mask: jax.Array | None = None,
     old_log_probs: jax.Array | None = None,
     *,
+    advantages: jax.Array | None = None,
     ref_log_probs: jax.Array | None = None,
     sampler_log_probs: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     group_ids: jax.Array | None = None,
   ) -> Rollout:
-    """Computes advantages and weights, once, over all that one optimizer step sees.
+    """Computes advantages and weights, once, over the data of one optimizer step.
 
-    A response without an active token is left out of its group's statistics. A flat batch, rewards
-    `[B]` and mask `[B, T]`, is one group of B: reshape it to `[P, G]` and `[P, G, T]`, or give
-    `group_ids`. Advantages computed in another way, of responses or of tokens, replace those of the
-    rollout: `rollout.replace(advantages=token_advantages)`, `[..., G, T]`.
+    A fully masked response is left out of its group's statistics.
 
     Args:
-      rewards: `[..., G]`, G samples of one prompt along the last axis; of packed rows `[..., S]`,
-        the reward of segment s of a row at s − 1, and anything where a row has fewer segments.
+      rewards: `[..., G]`, G samples of one prompt along the last axis; for packed rows `[..., S]`,
+        the reward of segment s of a row at s − 1, and anything if a row has fewer segments.
       mask: the tokens that count, `[..., G, T]`, bool or 0/1.
-      old_log_probs: log π_old, `[..., G, T]`; None where that is the current policy.
-      ref_log_probs: log π_ref, `[..., G, T]`; needed for a divergence.
-      sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; needed by corrections.
+      old_log_probs: log π_old, `[..., G, T]`; None if that is the current policy.
+      advantages: in place of rewards, of responses (of the shape of rewards, or `[..., G, 1]`) or
+        of tokens, `[..., G, T]`.
+      ref_log_probs: log π_ref, `[..., G, T]`; a divergence needs it.
+      sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; corrections need it.
       segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is not
         checked, and anything at masked tokens. An id that came back after another would be one
         response to advantages and two to weights and levels.
@@ -136,10 +140,12 @@ class Objective:
         last axis: without it the segments of a packed row are one group.
 
     Returns:
-      A `Rollout`, to be passed to the objective whole or cut along its row axes.
+      A `Rollout`, to be passed to the objective whole or sliced along its row axes.
 
     Raises:
-      ValueError: where shapes do not fit, or `advantage` or `weighting` returns another shape.
+      ValueError: if shapes do not fit; if `advantage` or `weighting` returns another shape; for
+        rewards of rank 1 without `group_ids`, which would be one group; and for groups of one under
+        an advantage relative to the group, which would all be 0.
 
     Example:
       >>> import gpo_jax as gpo
@@ -150,69 +156,111 @@ class Objective:
       >>> print(rollout.advantages[mask])
       [ 0.5  0.5 -0.5 -0.5  0. ]
     """
-    for name in ("advantage", "weighting"):
-      check_numbers(name, getattr(self, name))
-    mask = _checks.as_mask("mask", mask)
+    if (rewards is None) == (advantages is None):
+      got = "both" if advantages is not None else "neither"
+      raise ValueError(f"prepare needs rewards or advantages, one of the two; got {got}")
+    mask = as_mask("mask", mask)
     if segment_ids is not None:
-      segment_ids = _segments.fill(_checks.as_segment_ids(segment_ids, mask), mask)
-    advantages = self._advantages(rewards, mask, segment_ids, group_ids)
+      segment_ids = _segments.fill(as_segment_ids(segment_ids, mask), mask)
+    if advantages is None:
+      advantages = self._advantages(rewards, mask, segment_ids, group_ids)
+    elif group_ids is not None:
+      raise ValueError("group_ids go with rewards; got advantages, which need no groups")
+    advantages = jnp.asarray(as_array("advantages", advantages))
+    if advantages.shape != mask.shape:
+      advantages = _segments.to_tokens(advantages, segment_ids)
+    check_numbers(self.weighting)
     weights = self.weighting(mask, segment_ids)
     rollout = Rollout(
-      advantages=_segments.to_tokens(advantages, segment_ids),
+      advantages=advantages,
       mask=mask,
-      weights=_checks.returned("weighting", weights, mask.shape, "token"),
+      weights=check_returned("weighting", weights, mask.shape, "token"),
       old_log_probs=old_log_probs,
       ref_log_probs=ref_log_probs,
       sampler_log_probs=sampler_log_probs,
       segment_ids=segment_ids,
     )
-    return _checks.check_rollout(rollout)
+    return validate(rollout)
 
   def _advantages(self, rewards, mask, segment_ids, group_ids) -> jax.Array:
-    rewards = jnp.asarray(_checks.as_array("rewards", rewards))
+    check_numbers(self.advantage)
+    rewards = jnp.asarray(as_array("rewards", rewards))
     present = _segments.present(mask, segment_ids, (1, *rewards.shape)[-1])
-    slot: Any = self.advantage
+    traits, packed = traits_of(self.advantage), segment_ids is not None
     # Several kinds of reward are for `decoupled`, or for a function from elsewhere that takes them.
-    kinds = slot.func is decoupled or (group_ids is None and not is_ours(slot))
+    kinds = traits.of_kinds or (group_ids is None and not traits.ours)
     first = max(rewards.ndim - present.ndim, 0) if kinds else 0
     if rewards.shape[first:] != present.shape:
-      rows, packed = ", ".join(map(str, mask.shape[:-1])), segment_ids is not None
+      rows = ", ".join(map(str, mask.shape[:-1]))
       raise ValueError(
         f"rewards must have one value per response, {f'[{rows}, S]' if packed else f'[{rows}]'} "
         f"for mask {list(mask.shape)}; got rewards {list(rewards.shape)}"
         + ("" if packed else ": rows that hold several responses need segment_ids")
       )
     if group_ids is not None:
-      return by_group(slot, rewards, group_ids, present)
-    return _checks.returned("advantage", slot(rewards, present), present.shape, "response")
+      return by_group(self.advantage, rewards, group_ids, present)
+    if present.ndim == 1:
+      size = present.size
+      raise ValueError(
+        f"rewards must be [P, G], G samples of each of P prompts; got [{size}], which would be one "
+        f"group of {size}: reshape, rewards.reshape(P, G) and mask.reshape(P, G, T); for a single "
+        "group rewards[None], mask[None]; or pass group_ids"
+      )
+    if present.shape[-1] == 1 and traits.of_group:
+      raise ValueError(
+        f"rewards must hold groups of at least 2; got {list(rewards.shape)}, groups of one, whose "
+        f"advantage {describe(self.advantage)} is always 0: sample more responses per prompt, use "
+        "[P, G] with the samples of one prompt along the last axis, or "
+        "advantages.batch_standardize"
+      )
+    advantages = self.advantage(rewards, present)
+    return check_returned("advantage", advantages, present.shape, "response")
 
   def __call__(self, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
-    """Computes the loss, to be minimised, and the terms it is made of.
+    """Computes the loss, minimised, and the terms it is made of.
 
     Args:
       log_probs: log π of the sampled tokens under the current policy, `[..., G, T]`, floats.
-      rollout: from `prepare`, whole or a cut of it.
+      rollout: from `prepare`, whole or any slice of it.
 
     Returns:
-      The scalar loss: over the cuts of a rollout the losses, and their gradients, add up. And
+      The scalar loss: over the slices of a rollout the losses, and their gradients, add up. And
       `Terms`, per token, for `summarize`.
 
     Raises:
-      ValueError: where shapes or dtypes do not fit, or the rollout lacks what a slot needs.
+      ValueError: if shapes or dtypes do not fit, or the rollout lacks what a slot needs.
     """
-    log_probs, rollout = _checks.clean(log_probs, rollout)
-    if self.divergence is not None and rollout.ref_log_probs is None:
-      raise ValueError(
-        f"divergence={describe(self.divergence)} needs rollout.ref_log_probs: pass "
-        "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
-      )
-    for name in ("surrogate", "level", "divergence", "beta"):
-      check_numbers(name, getattr(self, name))
-    for correction in self.corrections:
-      check_numbers("corrections", correction)
-    slots = jax.tree.map(lambda leaf: jnp.asarray(leaf, log_probs.dtype), self)
-    # To compute a token's slope anew is cheaper than to store and read what it needs, [..., G, T].
-    return jax.checkpoint(_evaluate)(slots, log_probs, rollout)
+    slots, log_probs, rollout = enter(self, log_probs, rollout)
+    return _recomputed(evaluate, slots)(log_probs, rollout)
+
+  def losses(self, log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+    """Computes the loss of each token, unweighted, for a trainer with its own reduction.
+
+        losses_t = −factor_t · surrogate_t + β · divergence_t,   Σ_t w_t losses_t = loss
+
+    A mean over a microbatch of these is a mean of means: the weights are what makes microbatches of
+    unequal size add up.
+
+    Args:
+      log_probs: as for the objective itself.
+      rollout: as for the objective itself; its weights are not used.
+
+    Returns:
+      Losses, `[..., G, T]`, differentiable; 0 at masked tokens.
+
+    Raises:
+      ValueError: as the objective itself.
+
+    Example:
+      >>> import gpo_jax as gpo
+      >>> rollout = gpo.gpg().prepare([[1.0, 0.0]], [[[1, 1], [1, 0]]])
+      >>> print(gpo.gpg().losses(jnp.full((1, 2, 2), -2.0), rollout))
+      [[[ 0. -0.]
+        [ 0.  0.]]]
+    """
+    slots, log_probs, rollout = enter(self, log_probs, rollout)
+    terms = _recomputed(evaluate_terms, slots)(log_probs, rollout)
+    return jnp.where(rollout.mask, terms.loss, 0)
 
   def replace(self, **slots: Any) -> "Objective":
     """Returns a copy with these slots replaced."""
@@ -232,7 +280,7 @@ class Objective:
 
   @classmethod
   def tree_unflatten(cls, structure, children) -> "Objective":
-    """Puts the slots back as they are: JAX fills them with more than numbers."""
+    """Puts the slots back unchecked: JAX fills them with more than numbers."""
     names, allow_token_weighting = structure
     self = object.__new__(cls)
     slots = dict(zip(names, children, strict=True))
@@ -241,42 +289,97 @@ class Objective:
     return self
 
 
+def evaluate_terms(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> Terms:
+  """Evaluates the equation, from clean inputs."""
+  fixed = jax.lax.stop_gradient(log_probs)
+  old, ref = rollout.old_log_probs, rollout.ref_log_probs
+  token_log_ratio = log_probs - (fixed if old is None else old)
+  log_ratio = bound(slots.level(token_log_ratio, rollout))
+  token_log_ratio = bound(token_log_ratio)
+  surrogate, gate = jax.jvp(
+    lambda x: slots.surrogate(x, rollout.advantages), (log_ratio,), (jnp.ones_like(log_ratio),)
+  )
+  factors = [correction(fixed, rollout) for correction in slots.corrections]
+  factors += [] if rollout.factor is None else [rollout.factor]
+  factor = functools.reduce(jnp.multiply, factors) if factors else None
+  loss = -surrogate if factor is None else -factor * surrogate
+  divergence = None
+  if slots.divergence is not None:
+    ref_log_ratio = None if ref is None else bound(log_probs - ref)
+    divergence = slots.divergence(ref_log_ratio, token_log_ratio, rollout)
+    loss = loss + slots.beta * divergence
+  return Terms(loss, surrogate, gate, log_ratio, token_log_ratio, divergence, factor)
+
+
+def evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
+  """Evaluates the loss and its terms, from clean inputs."""
+  terms = evaluate_terms(slots, log_probs, rollout)
+  loss = jnp.sum(jnp.where(rollout.mask, rollout.weights * terms.loss, 0))
+  return loss, jax.lax.stop_gradient(terms)
+
+
+def _recomputed(function: Callable, slots: Objective) -> Callable:
+  """Recomputes a token's slope in the backward pass: cheaper than storing what it needs.
+
+  A new function in each call: for one that it knows, JAX would use the trace of an earlier call,
+  and with it what the slots closed over then.
+  """
+  return jax.checkpoint(lambda log_probs, rollout: function(slots, log_probs, rollout))
+
+
+def enter(
+  objective: Objective, log_probs: Any, rollout: Rollout
+) -> tuple[Objective, jax.Array, Rollout]:
+  """Checks and cleans what an objective is evaluated on; numbers get the log-probs' dtype."""
+  log_probs, rollout = clean(log_probs, rollout)
+  slots = as_slots(objective, log_probs.dtype)
+  if traits_of(slots.divergence).needs_reference and rollout.ref_log_probs is None:
+    raise ValueError(
+      f"divergence={describe(slots.divergence)} needs rollout.ref_log_probs: pass "
+      "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
+    )
+  _check_returns(slots, log_probs, rollout)
+  return slots, log_probs, rollout
+
+
+def as_slots(objective: Objective, dtype: Any) -> Objective:
+  """Checks an objective's numbers and converts its floats to a dtype."""
+  loss_slots = (objective.surrogate, objective.level, objective.divergence, *objective.corrections)
+  for slot in loss_slots:
+    if slot is not None:
+      check_numbers(slot)
+  check_scalar("beta", objective.beta)
+  is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)  # noqa: E731
+  return jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_float(x) else x, objective)
+
+
+def _check_returns(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> None:
+  """Checks that each slot returns one float per token, by tracing it once more."""
+
+  def check(name: str, slot: Any, *args: Any) -> None:
+    value = jax.eval_shape(lambda *args: slot(*args), *args)
+    check_returned(name, value, log_probs.shape, "token", log_probs.dtype)
+
+  check("level", slots.level, log_probs, rollout)
+  check("surrogate", slots.surrogate, log_probs, rollout.advantages)
+  for correction in slots.corrections:
+    check(f"corrections: {describe(correction)}", correction, log_probs, rollout)
+  if slots.divergence is not None:
+    ref_log_ratio = None if rollout.ref_log_probs is None else log_probs
+    try:
+      check("divergence", slots.divergence, ref_log_ratio, log_probs, rollout)
+    except TypeError as error:
+      if ref_log_ratio is not None:
+        raise
+      raise ValueError(
+        f"divergence={describe(slots.divergence)} failed without a reference policy, when "
+        f"ref_log_ratio is None: pass ref_log_probs= to prepare ({error})"
+      ) from error
+
+
 def check_objective(objective: Any) -> None:
-  """Refuses what is no objective, such as a preset that was not called."""
+  """Checks for an objective, rather than a preset that was not called."""
   if not isinstance(objective, Objective):
     raise ValueError(
       f"objective must be an Objective; got {objective!r:.60}: call the preset, such as gpo.grpo()"
     )
-
-
-def _evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
-  fixed = jax.lax.stop_gradient(log_probs)
-  old_log_probs = fixed if rollout.old_log_probs is None else rollout.old_log_probs
-  token_log_ratio = log_probs - old_log_probs
-  log_ratio = slots.level(token_log_ratio, rollout)
-  log_ratio = bound(_checks.like("level", log_ratio, token_log_ratio))
-  token_log_ratio = bound(token_log_ratio)
-
-  surrogate, gate = jax.jvp(
-    lambda x: _checks.like("surrogate", slots.surrogate(x, rollout.advantages), x),
-    (log_ratio,),
-    (jnp.ones_like(log_ratio),),
-  )
-  loss, factor, divergence = -surrogate, None, None
-  factors = [
-    _checks.like(f"corrections: {name_of(correction)}", correction(fixed, rollout), fixed)
-    for correction in slots.corrections
-  ]
-  factors += [] if rollout.factor is None else [rollout.factor]
-  if factors:
-    factor = functools.reduce(jnp.multiply, factors)
-    loss = -factor * surrogate
-  ref_log_probs, beta = rollout.ref_log_probs, slots.beta
-  if slots.divergence is not None and ref_log_probs is not None and beta is not None:
-    ref_log_ratio = bound(log_probs - ref_log_probs)
-    divergence = slots.divergence(ref_log_ratio, token_log_ratio, rollout)
-    loss = loss + beta * _checks.like("divergence", divergence, log_probs)
-
-  terms = Terms(loss, surrogate, gate, log_ratio, token_log_ratio, divergence, factor)
-  total = jnp.sum(jnp.where(rollout.mask, rollout.weights * loss, 0))
-  return total, jax.lax.stop_gradient(terms)

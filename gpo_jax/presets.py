@@ -1,12 +1,16 @@
 """Algorithms, each one expression: the paper's choices of functions, its constants as defaults.
 
-Every preset returns an `Objective`; `.replace(slot=…)` turns it into the next one. Where a preset
-has `beta`, None removes the divergence and with it the need for a reference policy.
+Every preset returns an `Objective`; `.replace(slot=…)` turns it into the next one. If a preset has
+`beta`, None removes the divergence and with it the need for a reference policy. A preset with a
+clip has `epsilon_low` and `epsilon_high`, how far a ratio may fall below 1 and rise above it; None
+makes the second equal to the first.
 
 To change a constant that a preset does not name, bind it:
 `grpo().replace(advantage=partial(advantages.standardize, ddof=0, eps=1e-6))`.
 """
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 
 import chex
@@ -14,30 +18,25 @@ import chex
 from gpo_jax import advantages, corrections, divergences, levels, surrogates, weightings
 from gpo_jax.objective import Objective
 
-__all__ = [  # noqa: RUF022 – in the order of this page
-  "gpo",
-  "grpo",
-  "dr_grpo",
-  "dapo",
-  "gspo",
-  "gspo_token",
-  "cispo",
-  "sapo",
-  "gmpo",
-  "rloo",
-  "reinforce_plus_plus",
-  "deepseek_v32",
-  "r1",
-  "vespo",
-  "luspo",
-  "dppo",
-  "topr",
-  "gpg",
-  "max_rl",
-]
+PRESETS: dict[str, Callable[..., Objective]] = {}  # by name, in the order of this page
 
 
-def gpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.01) -> Objective:
+def _preset(function: Callable[..., Objective]) -> Callable[..., Objective]:
+  PRESETS[function.__name__] = function
+  return function
+
+
+def _clip(epsilon_low: chex.Numeric, epsilon_high: chex.Numeric | None) -> partial:
+  return partial(surrogates.clip, epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+
+
+@_preset
+def gpo(
+  *,
+  epsilon_low: chex.Numeric = 0.2,
+  epsilon_high: chex.Numeric | None = None,
+  beta: chex.Numeric | None = 0.01,
+) -> Objective:
   """The written specification, on tokens: a clipped surrogate and an importance-weighted penalty.
 
   Its penalty is χ² − KL, stricter than a KL on tokens that the reference finds unlikely. Choose it
@@ -45,20 +44,15 @@ def gpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.01) -> Obj
   `.replace(divergence=divergences.unbiased)`.
 
   Args:
-    epsilon: half-width of the clip range.
     beta: weight of the penalty.
 
   Returns:
     The objective. With advantages given, its loss is −`gpo_objective` over the active tokens.
 
-  Example:
-    >>> gpo().divergence.func is divergences.chi2_minus_kl
-    True
-
   Reference: the module `gpo_jax.specification`.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    surrogate=_clip(epsilon_low, epsilon_high),
     level=levels.token,
     advantage=advantages.standardize,
     weighting=weightings.token_mean,
@@ -67,18 +61,20 @@ def gpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.01) -> Obj
   )
 
 
-def grpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.04) -> Objective:
+@_preset
+def grpo(
+  *,
+  epsilon_low: chex.Numeric = 0.2,
+  epsilon_high: chex.Numeric | None = None,
+  beta: chex.Numeric | None = 0.04,
+) -> Objective:
   """GRPO: rewards standardised in their group take the place of a value function.
 
   Every response weighs the same, so a token of a long one weighs less. Choose it as the baseline
   that every other paper compares with.
 
   Args:
-    epsilon: half-width of the clip range.
     beta: weight of the divergence `k3`.
-
-  Returns:
-    The objective.
 
   Example:
     >>> print(grpo(beta=None))
@@ -87,7 +83,7 @@ def grpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.04) -> Ob
   Reference: Shao et al. (2024), arXiv:2402.03300, Eq. 3 and 4.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    surrogate=_clip(epsilon_low, epsilon_high),
     level=levels.token,
     advantage=advantages.standardize,
     weighting=weightings.sequence_mean,
@@ -96,7 +92,10 @@ def grpo(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.04) -> Ob
   )
 
 
-def dr_grpo(*, length: chex.Numeric, epsilon: chex.Numeric = 0.2) -> Objective:
+@_preset
+def dr_grpo(
+  *, length: chex.Numeric, epsilon_low: chex.Numeric = 0.2, epsilon_high: chex.Numeric | None = None
+) -> Objective:
   """Dr. GRPO: no division by the group's standard deviation, none by the response's own length.
 
   Bad answers no longer gain by being long, nor easy and hard prompts by being one-sided. Choose it
@@ -104,52 +103,35 @@ def dr_grpo(*, length: chex.Numeric, epsilon: chex.Numeric = 0.2) -> Objective:
 
   Args:
     length: a constant length, the longest allowed response; never the padded width.
-    epsilon: half-width of the clip range.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> dr_grpo(length=1024).weighting.func is weightings.constant_length
-    True
 
   Reference: Liu et al. (2025), arXiv:2503.20783.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    surrogate=_clip(epsilon_low, epsilon_high),
     level=levels.token,
     advantage=advantages.center,
     weighting=partial(weightings.constant_length, length=length),
   )
 
 
+@_preset
 def dapo(*, epsilon_low: chex.Numeric = 0.2, epsilon_high: chex.Numeric = 0.28) -> Objective:
   """DAPO: more room upwards than downwards, every token of the batch of one weight, no reference.
 
   Unlikely tokens of good answers can rise further before they are clipped, which keeps entropy up.
   Choose it for long reasoning; drop groups without variance before the step, as the paper does.
 
-  Args:
-    epsilon_low: how far a ratio may fall.
-    epsilon_high: how far a ratio may rise.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> dapo().divergence is None
-    True
-
   Reference: Yu et al. (2025), arXiv:2503.14476, Eq. 8.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon_low, epsilon_high=epsilon_high),
+    surrogate=_clip(epsilon_low, epsilon_high),
     level=levels.token,
     advantage=advantages.standardize,
     weighting=weightings.token_mean,
   )
 
 
+@_preset
 def gspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4) -> Objective:
   """GSPO: one ratio per response, the geometric mean of its tokens', clipped as a whole.
 
@@ -157,43 +139,22 @@ def gspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4)
   experts and long responses; its clip range is hundreds of times narrower than a token's,
   and one update of a small model may leave it for nearly half of the tokens.
 
-  Args:
-    epsilon_low: how far a response's ratio may fall.
-    epsilon_high: how far it may rise.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> gspo().level.func is levels.sequence
-    True
-
   Reference: Zheng et al. (2025), arXiv:2507.18071, Eq. 5 to 7.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon_low, epsilon_high=epsilon_high),
+    surrogate=_clip(epsilon_low, epsilon_high),
     level=levels.sequence,
     advantage=advantages.standardize,
     weighting=weightings.sequence_mean,
   )
 
 
+@_preset
 def gspo_token(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4) -> Objective:
   """GSPO-token: GSPO's ratio in value, each token's own gradient.
 
   The same as `gspo` while a response has one advantage. Choose it when advantages differ from token
   to token.
-
-  Args:
-    epsilon_low: how far a response's ratio may fall.
-    epsilon_high: how far it may rise.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> gspo_token().level.func is levels.sequence_token
-    True
 
   Reference: Zheng et al. (2025), arXiv:2507.18071, Eq. 13 and 14.
   """
@@ -202,6 +163,7 @@ def gspo_token(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric =
   )
 
 
+@_preset
 def cispo(*, high: chex.Numeric = 4.0, low: chex.Numeric | None = None) -> Objective:
   """CISPO: clips the importance weight, never the token; every token keeps a gradient.
 
@@ -213,13 +175,6 @@ def cispo(*, high: chex.Numeric = 4.0, low: chex.Numeric | None = None) -> Objec
       tinker-cookbook's.
     low: the smallest weight, an absolute bound; None for none.
 
-  Returns:
-    The objective.
-
-  Example:
-    >>> cispo(high=5.0).surrogate.func is surrogates.cispo
-    True
-
   Reference: MiniMax (2025), arXiv:2506.13585, Eq. 4 and 5.
   """
   return Objective(
@@ -230,6 +185,7 @@ def cispo(*, high: chex.Numeric = 4.0, low: chex.Numeric | None = None) -> Objec
   )
 
 
+@_preset
 def sapo(*, temperature_pos: chex.Numeric = 1.0, temperature_neg: chex.Numeric = 1.05) -> Objective:
   """SAPO: a smooth gate in place of the clip, a little narrower for bad samples.
 
@@ -239,13 +195,6 @@ def sapo(*, temperature_pos: chex.Numeric = 1.0, temperature_neg: chex.Numeric =
   Args:
     temperature_pos: the gate's temperature for good samples; larger fades faster.
     temperature_neg: the same for bad samples.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> sapo().surrogate.func is surrogates.sapo
-    True
 
   Reference: Gao et al. (2025), arXiv:2511.20347.
   """
@@ -259,7 +208,8 @@ def sapo(*, temperature_pos: chex.Numeric = 1.0, temperature_neg: chex.Numeric =
   )
 
 
-def gmpo(*, clip: chex.Numeric = 0.4) -> Objective:
+@_preset
+def gmpo(*, epsilon_low: chex.Numeric = 0.4, epsilon_high: chex.Numeric | None = None) -> Objective:
   """GMPO: the geometric mean of token ratios, each clipped in log space first.
 
   One outlying token cannot swing its response, and the clip range can be wide. Choose it between
@@ -268,35 +218,22 @@ def gmpo(*, clip: chex.Numeric = 0.4) -> Objective:
   Args:
     clip: the limit on a token's log-ratio.
 
-  Returns:
-    The objective.
-
-  Example:
-    >>> gmpo().level.func is levels.geometric
-    True
-
   Reference: Zhao et al. (2025), arXiv:2507.20673.
   """
   return Objective(
     surrogate=surrogates.importance_weighted,
-    level=partial(levels.geometric, clip=clip),
+    level=partial(levels.clipped_sequence, low=epsilon_low, high=epsilon_high),
     advantage=advantages.standardize,
     weighting=weightings.sequence_mean,
   )
 
 
+@_preset
 def rloo() -> Objective:
   """RLOO: REINFORCE on whole responses, each against the mean of the others.
 
   Its expected gradient is the policy gradient, with no bias from the baseline. Choose it on-policy,
   one update per batch; put a KL penalty in the reward.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> rloo().advantage.func is advantages.leave_one_out
-    True
 
   Reference: Ahmadian et al. (2024), arXiv:2402.14740.
   """
@@ -308,35 +245,30 @@ def rloo() -> Objective:
   )
 
 
-def reinforce_plus_plus(*, epsilon: chex.Numeric = 0.2) -> Objective:
+@_preset
+def reinforce_plus_plus(
+  *, epsilon_low: chex.Numeric = 0.2, epsilon_high: chex.Numeric | None = None
+) -> Objective:
   """REINFORCE++: rewards standardised over the whole batch, under PPO's clip.
 
   No group is needed. Choose it for one response per prompt and many prompts; put a KL penalty in
   the reward.
 
-  Args:
-    epsilon: half-width of the clip range.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> reinforce_plus_plus().advantage.func is advantages.batch_standardize
-    True
-
   Reference: Hu et al. (2025), arXiv:2501.03262.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    surrogate=_clip(epsilon_low, epsilon_high),
     level=levels.token,
     advantage=advantages.batch_standardize,
     weighting=weightings.token_mean,
   )
 
 
+@_preset
 def deepseek_v32(
   *,
-  epsilon: chex.Numeric = 0.2,
+  epsilon_low: chex.Numeric = 0.2,
+  epsilon_high: chex.Numeric | None = None,
   beta: chex.Numeric | None = 0.001,
   threshold: chex.Numeric = 0.5,
 ) -> Objective:
@@ -346,21 +278,13 @@ def deepseek_v32(
   it off-policy with a reference policy. The paper does not disclose β and δ: those here are ours.
 
   Args:
-    epsilon: half-width of the clip range.
     beta: weight of the divergence `unbiased`.
     threshold: δ of `off_policy_sequence_mask`, in nats per token.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> deepseek_v32().divergence.func is divergences.unbiased
-    True
 
   Reference: DeepSeek-AI (2025), arXiv:2512.02556, Eq. 7 to 9.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
+    surrogate=_clip(epsilon_low, epsilon_high),
     level=levels.token,
     advantage=advantages.center,
     weighting=weightings.sequence_mean,
@@ -370,28 +294,26 @@ def deepseek_v32(
   )
 
 
-def r1(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.001) -> Objective:
+@_preset
+def r1(
+  *,
+  epsilon_low: chex.Numeric = 0.2,
+  epsilon_high: chex.Numeric | None = None,
+  beta: chex.Numeric | None = 0.001,
+) -> Objective:
   """DeepSeek-R1 as it is written: the ratio, and k3, of whole responses, not divided by length.
 
   Ratios of long responses leave a clip range of ε = 0.2 at once, so it is an on-policy objective.
   Choose it to reproduce the paper's equations; β is the paper's, ε is GRPO's default.
 
   Args:
-    epsilon: half-width of the clip range.
     beta: weight of the divergence `sequence_k3`.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> r1().level.func is levels.sequence_sum
-    True
 
   Reference: DeepSeek-AI (2025), arXiv:2501.12948.
   """
   return Objective(
-    surrogate=partial(surrogates.clip, epsilon_low=epsilon),
-    level=levels.sequence_sum,
+    surrogate=_clip(epsilon_low, epsilon_high),
+    level=levels.sequence_product,
     advantage=advantages.standardize,
     weighting=weightings.sequence_mean,
     divergence=None if beta is None else divergences.sequence_k3,
@@ -399,6 +321,7 @@ def r1(*, epsilon: chex.Numeric = 0.2, beta: chex.Numeric | None = 0.001) -> Obj
   )
 
 
+@_preset
 def vespo(
   *,
   k_pos: chex.Numeric = 2.0,
@@ -417,13 +340,6 @@ def vespo(
     k_neg: k of the kernel where A < 0.
     lambda_neg: λ of the kernel where A < 0.
 
-  Returns:
-    The objective.
-
-  Example:
-    >>> vespo().corrections[0].func is corrections.vespo
-    True
-
   Reference: Shen et al. (2026), arXiv:2602.10693; weighted by token, as in TRL, which also puts the
   sampler's mismatch into W: for that, let `old_log_probs` be the sampler's.
   """
@@ -437,22 +353,12 @@ def vespo(
   )
 
 
+@_preset
 def luspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4) -> Objective:
   """LUSPO: GSPO with each response multiplied by its length.
 
   GSPO shrinks a long response's gradient by its length; this gives it back, and on-policy it is the
   policy gradient. Choose it when GSPO's responses shorten.
-
-  Args:
-    epsilon_low: how far a response's ratio may fall.
-    epsilon_high: how far it may rise.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> luspo().weighting.func is weightings.sequence_sum
-    True
 
   Reference: LUSPO (2026), arXiv:2602.05261.
   """
@@ -461,6 +367,7 @@ def luspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4
   )
 
 
+@_preset
 def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
   """DPPO: clips by how far a token's probability has moved, not by its ratio.
 
@@ -469,13 +376,6 @@ def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
 
   Args:
     threshold: the largest change of a token's probability.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> dppo().corrections[0].func is corrections.total_variation_mask
-    True
 
   Reference: DPPO (2026), arXiv:2602.04879, binary total variation. There the ratio, too, is
   taken to the sampler: let `old_log_probs` be the sampler's to have that.
@@ -489,18 +389,12 @@ def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
   )
 
 
+@_preset
 def topr() -> Objective:
   """TOPR: REINFORCE with bad responses tapered by their likelihood ratio, good ones left alone.
 
   Good samples teach even when they are old, bad ones stop once they are unlikely. Choose it for
   fully off-policy data.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> topr().corrections[0].func is corrections.topr
-    True
 
   Reference: Le Roux et al. (2025), arXiv:2503.14286.
   """
@@ -513,19 +407,13 @@ def topr() -> Objective:
   )
 
 
+@_preset
 def gpg() -> Objective:
   """GPG: the plain policy gradient with the group's mean as baseline, averaged over tokens.
 
   No ratio, no clip, no reference. Choose it on-policy when simplicity counts: it does not see that
   samples are stale. (The paper's factor for groups without variance is left to you: a constant
   times the advantages.)
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> gpg().surrogate.func is surrogates.reinforce
-    True
 
   Reference: Chu et al. (2025), arXiv:2504.02546.
   """
@@ -537,18 +425,12 @@ def gpg() -> Objective:
   )
 
 
+@_preset
 def max_rl() -> Objective:
   """MaxRL: advantages divided by the group's success rate, towards maximum likelihood of success.
 
   Prompts that are almost never solved count the more when they are. Choose it on-policy with 0/1
   rewards and many samples per prompt.
-
-  Returns:
-    The objective.
-
-  Example:
-    >>> max_rl().advantage.func is advantages.max_rl
-    True
 
   Reference: MaxRL (2026), arXiv:2602.02710.
   """
@@ -558,3 +440,40 @@ def max_rl() -> Objective:
     advantage=advantages.max_rl,
     weighting=weightings.sequence_sum,
   )
+
+
+def preset(name: str, **numbers: chex.Numeric) -> Objective:
+  """Makes the preset of a name, as read from a configuration file.
+
+  Args:
+    name: the name of a preset, such as "dapo".
+    **numbers: its arguments.
+
+  Returns:
+    The objective.
+
+  Raises:
+    ValueError: for an unknown name, an unknown or missing argument, and numbers given as text: YAML
+      reads `3e-4` as text and `3.0e-4` as a number.
+
+  Example:
+    >>> print(preset("gspo", epsilon_low=1e-3).surrogate.keywords["epsilon_low"])
+    0.001
+  """
+  if name not in PRESETS:
+    raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r:.60}")
+  function = PRESETS[name]
+  known = ", ".join(inspect.signature(function).parameters) or "none"
+  for key, value in numbers.items():
+    if isinstance(value, str | bytes):
+      raise ValueError(
+        f"{key} of {name} must be a number; got text, {value!r:.60}: pass a number, in YAML with a "
+        "point (3.0e-4; 3e-4 is text to it)"
+      )
+  try:
+    inspect.signature(function).bind(**numbers)
+  except TypeError as error:
+    raise ValueError(
+      f"{name} takes {known}; got {', '.join(numbers) or 'none'}: {error}"
+    ) from error
+  return function(**numbers)

@@ -7,26 +7,29 @@
 What the penalty estimates: with samples from any μ and ρ = π_current/μ, mean(D) is unbiased, in
 value and in gradient, for χ²(π_current‖π_ref) − KL(π_current‖π_ref). That is 0 only where the two
 policies agree, and equals the KL to second order around there, but it is not a KL: below r = 0.203
-it rewards pushing a likelihood further down. The unbiased estimator of KL(π_current‖π_ref) turns r
-around, ρ_i (1/r_i + log r_i − 1) (DeepSeek-V3.2, 2025, arXiv:2512.02556, Eq. 7): exchange the
-arguments `pi_current` and `pi_ref` of `gpo_objective` to have it, and differentiate with `jax.grad`
+it rewards pushing a likelihood further down. The unbiased estimator of KL(π_current‖π_ref) inverts
+r, ρ_i (1/r_i + log r_i − 1) (DeepSeek-V3.2, 2025, arXiv:2512.02556, Eq. 7): swap the arguments
+`pi_current` and `pi_ref` of `gpo_objective` to get it, and differentiate with `jax.grad`
 (`gpo_value_and_grad` would then differentiate the reference).
+
+The surrogate is Eq. 7 of Schulman et al. (2017), arXiv:1707.06347; the whole has the form of Eq. 3
+of Shao et al. (2024), arXiv:2402.03300, with another penalty.
 """
 
 import functools
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import checkify
+from jax.typing import ArrayLike
 
-from gpo_jax import _checks
-from gpo_jax._checks import ArrayLike
+from gpo_jax._inputs import as_array, as_scalar, check_same_shape, describe, promote
 from gpo_jax._numerics import exp_excess
+from gpo_jax.surrogates import clip_ratio
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,7 +61,7 @@ def gpo_objective(
 
   Compiled once per shape: `epsilon` and `beta` are traced. At a tie, ρ = 1±ε, the gradient is the
   unclipped branch's. With ρ = π_current/μ, mean(ρ(r − log r − 1)) is unbiased for χ² − KL of
-  π_current from π_ref, not for the KL; with `pi_current` and `pi_ref` exchanged it is unbiased for
+  π_current from π_ref, not for the KL; with `pi_current` and `pi_ref` swapped it is unbiased for
   KL(π_current‖π_ref) (see the module's docstring).
 
   Args:
@@ -73,7 +76,7 @@ def gpo_objective(
     The scalar J, in the widest of the inputs' dtypes, float32 at least.
 
   Raises:
-    ValueError: at trace time, where shapes differ, are empty or not `[N]`, or an input is not real.
+    ValueError: at trace time, if shapes differ, are empty or not `[N]`, or an input is not real.
       Values are checked by `check`.
 
   Example:
@@ -81,8 +84,7 @@ def gpo_objective(
     >>> print(f"{J:.5f}")
     1.03195
 
-  Reference: the surrogate is Eq. 7 of Schulman et al. (2017), arXiv:1707.06347; the whole has the
-  form of Eq. 3 of Shao et al. (2024), arXiv:2402.03300, with another penalty.
+  Reference: the module's docstring.
   """
   return _objective(*_inputs(ratios, advantages, pi_current, pi_ref, epsilon, beta))
 
@@ -104,9 +106,9 @@ def gpo_value_and_grad(
 
   Args:
     ratios: as in `gpo_objective`, and so are the others.
-    advantages: A, shape `[N]`.
-    pi_current: current likelihoods, shape `[N]`.
-    pi_ref: reference likelihoods, shape `[N]`.
+    advantages: A.
+    pi_current: current likelihoods.
+    pi_ref: reference likelihoods.
     epsilon: half-width of the clip range.
     beta: weight of the penalty.
 
@@ -120,8 +122,6 @@ def gpo_value_and_grad(
     >>> J, gradients = gpo_value_and_grad([1.5, 1.0], [1.0, 1.0], [0.5, 0.25], [0.5, 0.5], beta=1.0)
     >>> print(gradients.pi_current, [f"{x:.3f}" for x in gradients.ratios])  # the first is clipped
     [-0.  1.] ['0.000', '0.403']
-
-  Reference: as `gpo_objective`.
   """
   return _value_and_grad(*_inputs(ratios, advantages, pi_current, pi_ref, epsilon, beta))
 
@@ -156,8 +156,6 @@ def gpo_objective_per_group(
     >>> ones = [[1.0, 1.0], [1.0, 1.0]]
     >>> print(gpo_objective_per_group(ones, [[1.0, 2.0], [3.0, 4.0]], ones, ones))
     [1.5 3.5]
-
-  Reference: as `gpo_objective`.
   """
   return _objective_per_group(*_inputs(ratios, advantages, pi_current, pi_ref, epsilon, beta))
 
@@ -180,9 +178,9 @@ def gpo_loss(
 
   Args:
     ratios: as in `gpo_objective`, and so are the others.
-    advantages: A, shape `[N]`.
-    pi_current: current likelihoods, shape `[N]`.
-    pi_ref: reference likelihoods, shape `[N]`.
+    advantages: A.
+    pi_current: current likelihoods.
+    pi_ref: reference likelihoods.
     epsilon: half-width of the clip range.
     beta: weight of the penalty.
     where: the samples that count, shape `[N]`, bool or 0/1; all by default. The others may hold
@@ -192,26 +190,24 @@ def gpo_loss(
     The losses, shape `[N]`.
 
   Raises:
-    ValueError: as `gpo_objective`, and where `where` has another shape.
+    ValueError: as `gpo_objective`, and if `where` has another shape.
 
   Example:
     >>> nan = float("nan")
     >>> print(gpo_loss([1.0, nan], [2.0, nan], [0.5, nan], [0.5, nan], where=[True, False]))
     [-2.  0.]
-
-  Reference: as `gpo_objective`.
   """
   inputs = _inputs(ratios, advantages, pi_current, pi_ref, epsilon, beta)
-  return _loss(*inputs, where=None if where is None else _checks.as_array("where", where))
+  return _loss(*inputs, where=None if where is None else as_array("where", where))
 
 
 def check(fn: Callable[P, R]) -> Callable[P, R]:
   """Checks the values of a function's arguments, in compiled code too.
 
   The arguments are known by the names that the functions of this module give them: `ratios`,
-  `pi_current` and `pi_ref` must be positive and finite (and not subnormal: XLA takes such numbers
-  for 0 in places), `advantages` finite, `epsilon` > 0 and `beta` ≥ 0; samples that an argument
-  `where` leaves out are not checked. The checks are compiled. Inside your own `jax.jit`, wrap the
+  `pi_current` and `pi_ref` must be positive and finite (and not subnormal: XLA may flush such
+  numbers to 0), `advantages` finite, `epsilon` > 0 and `beta` ≥ 0; samples that an argument
+  `where` masks are not checked. The checks are compiled. Inside your own `jax.jit`, wrap the
   step as every JAX check requires: `error, out = jax.jit(checkify.checkify(step))(…)`,
   `error.throw()`.
 
@@ -241,38 +237,20 @@ def check(fn: Callable[P, R]) -> Callable[P, R]:
     bound.apply_defaults()
     given = {name: value for name, value in bound.arguments.items() if value is not None}
     checked = _REQUIREMENTS.keys() & given.keys() | {"where"} & given.keys()
-    error, _ = _check_values({name: _checks.as_array(name, given[name]) for name in checked})
+    error, _ = _check_values({name: as_array(name, given[name]) for name in checked})
     checkify.check_error(error)
     return fn(*args, **kwargs)
 
   return wrapper
 
 
-def _inputs(
-  ratios: ArrayLike,
-  advantages: ArrayLike,
-  pi_current: ArrayLike,
-  pi_ref: ArrayLike,
-  epsilon: chex.Numeric,
-  beta: chex.Numeric,
-) -> tuple[jax.Array | np.ndarray, ...]:
-  return (
-    _checks.as_array("ratios", ratios),
-    _checks.as_array("advantages", advantages),
-    _checks.as_array("pi_current", pi_current),
-    _checks.as_array("pi_ref", pi_ref),
-    _checks.as_scalar("epsilon", epsilon),
-    _checks.as_scalar("beta", beta),
-  )
+_NAMES = ("ratios", "advantages", "pi_current", "pi_ref")
 
 
-def _surrogate(ratios: jax.Array, advantages: jax.Array, epsilon: jax.Array) -> jax.Array:
-  # min(ρA, clip(ρ)A) caps ρ from above where A > 0 and from below elsewhere. As strict comparisons,
-  # a tie keeps the gradient of the unclipped branch, which `jnp.minimum` would halve.
-  positive = advantages > 0
-  limit = jnp.where(positive, 1 + epsilon, 1 - epsilon)
-  clipped = jnp.where(positive, ratios > limit, ratios < limit) | jnp.isnan(limit)
-  return jnp.where(clipped, limit, ratios) * advantages
+def _inputs(*arguments: Any) -> tuple[Any, ...]:
+  *arrays, epsilon, beta = arguments
+  arrays = [as_array(name, value) for name, value in zip(_NAMES, arrays, strict=True)]
+  return *arrays, as_scalar("epsilon", epsilon), as_scalar("beta", beta)
 
 
 @jax.custom_jvp
@@ -292,27 +270,33 @@ def _log_quotient_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.
 
 
 def _per_sample(*inputs: jax.Array) -> jax.Array:
-  ratios, advantages, pi_current, pi_ref = _checks.promote(*inputs[:4])
+  ratios, advantages, pi_current, pi_ref = promote(*inputs[:4])
   epsilon, beta = (x.astype(ratios.dtype) for x in inputs[4:])
-  # β first: where β is 0 there is no penalty, even if the divergence leaves the floats' range.
-  penalty = beta * ratios * exp_excess(_log_quotient(pi_current, pi_ref))
-  return penalty - _surrogate(ratios, advantages, epsilon)
+  limit = jnp.where(advantages > 0, 1 + epsilon, 1 - epsilon)
+  surrogate = clip_ratio(ratios, advantages, limit) * advantages
+  # β first: for β = 0 there is no penalty, even if the divergence leaves the floats' range.
+  return beta * ratios * exp_excess(_log_quotient(pi_current, pi_ref)) - surrogate
 
 
-def _check_shapes(axes: str, *inputs: jax.Array) -> None:
-  names = ("ratios", "advantages", "pi_current", "pi_ref")
-  _checks.same_shape(axes, **dict(zip(names, inputs, strict=False)))
+def _check_shapes(axes: str, arrays: tuple[jax.Array, ...]) -> None:
+  named = dict(zip(_NAMES, arrays, strict=True))
+  message = f"expected one shape {axes}, every axis at least 1; got {describe(**named)}"
+  rank = axes.count(",") + 1
+  chex.assert_rank(arrays, rank, custom_message=message, exception_type=ValueError)
+  chex.assert_equal_shape(arrays, custom_message=message, exception_type=ValueError)
+  if 0 in arrays[0].shape:
+    raise ValueError(message)
 
 
 @jax.jit
 def _objective(*inputs: jax.Array) -> jax.Array:
-  _check_shapes("[N]", *inputs)
+  _check_shapes("[N]", inputs[:4])
   return -jnp.mean(_per_sample(*inputs))
 
 
 @jax.jit
 def _objective_per_group(*inputs: jax.Array) -> jax.Array:
-  _check_shapes("[P, N]", *inputs)
+  _check_shapes("[P, N]", inputs[:4])
   return jax.vmap(_objective, in_axes=(0, 0, 0, 0, None, None))(*inputs)
 
 
@@ -324,10 +308,10 @@ def _value_and_grad(*inputs: jax.Array) -> tuple[jax.Array, GpoGradients]:
 
 @jax.jit
 def _loss(*inputs: jax.Array, where: jax.Array | None) -> jax.Array:
-  _check_shapes("[N]", *inputs)
+  _check_shapes("[N]", inputs[:4])
   if where is None:
     return _per_sample(*inputs)
-  _checks.same_shape("[N]", ratios=inputs[0], where=where)
+  check_same_shape(ratios=inputs[0], where=where)
   # Masking the inputs, not only the result, keeps a NaN at a masked sample out of the gradient.
   keep = where != 0
   arrays = [jnp.where(keep, x, jnp.ones_like(x)) for x in inputs[:4]]
@@ -335,7 +319,7 @@ def _loss(*inputs: jax.Array, where: jax.Array | None) -> jax.Array:
 
 
 def _is_positive(x: jax.Array) -> jax.Array:
-  (x,) = _checks.promote(x)
+  (x,) = promote(x)
   return (x >= jnp.finfo(x.dtype).tiny) & jnp.isfinite(x)
 
 
@@ -355,12 +339,12 @@ _REQUIREMENTS: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
 def _check_values(arguments: dict[str, jax.Array]) -> None:
   for name, (requirement, is_good) in _REQUIREMENTS.items():
     value = arguments.get(name)
-    if value is None or not value.size:  # the function itself refuses an empty array
+    if value is None or not value.size:  # the function itself raises on an empty array
       continue
     value = jnp.asarray(value)
     bad = ~is_good(value)
     if value.ndim and "where" in arguments:
-      _checks.like_first(**{name: value, "where": arguments["where"]})
+      check_same_shape(**{name: value, "where": arguments["where"]})
       bad &= arguments["where"] != 0
     first = jnp.argmax(bad)
     place = " at index {}" if value.ndim else ""

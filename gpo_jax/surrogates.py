@@ -1,7 +1,8 @@
-"""Surrogates: what a token contributes to the objective, to be maximised.
+"""Surrogates: what a token contributes to the objective, maximised.
 
-Each is `(log_ratio, advantages, *, …) -> objective`, elementwise, with ρ = exp(log_ratio).
-On-policy, at ρ = 1, every one of them has ∂/∂log_ratio = A.
+Each is `(log_ratio, advantages, *, …) -> objective`, elementwise, with ρ = exp(log_ratio): log ρ
+and A have one shape, or A broadcasts, and the result has the shape of log ρ. On-policy, at ρ = 1,
+all have ∂/∂log_ratio = A.
 """
 
 import chex
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax._numerics import sigmoid, with_slope
+from gpo_jax.traits import slot_function
 
 
+@slot_function(tokenwise=True)
 def clip(
   log_ratio: jax.Array,
   advantages: jax.Array,
@@ -19,21 +22,16 @@ def clip(
   epsilon_high: chex.Numeric | None = None,
   max_ratio: chex.Numeric | None = None,
 ) -> jax.Array:
-  """Clips the ratio where moving further would raise the objective.
+  """Clips the ratio on the side that would raise the objective.
 
       min(ρA, clip(ρ, 1−ε_low, 1+ε_high) A);   with `max_ratio`, min(min(ρ, max_ratio)A, clip(ρ)A)
 
   At a limit the gradient is the unclipped branch's.
 
   Args:
-    log_ratio: log ρ, any shape.
-    advantages: A, of the same shape, or one that broadcasts to it.
     epsilon_low: ε_low > 0.
     epsilon_high: ε_high > 0; ε_low if None.
-    max_ratio: a cap on ρ > 1+ε_high for A < 0, where the clip leaves it unbounded; None for no cap.
-
-  Returns:
-    The objective, of log_ratio's shape.
+    max_ratio: a cap on ρ > 1+ε_high for A < 0, which the clip leaves unbounded; None disables it.
 
   Example:
     >>> log_ratio = jnp.log(jnp.array([1.5, 0.5, 1.5, 0.5]))
@@ -44,21 +42,27 @@ def clip(
   Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 7; unequal limits, Yu et al. (2025),
   arXiv:2503.14476, Eq. 8 (DAPO); the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
-  # The clip caps ρ from above where A > 0, from below elsewhere. By strict comparison a tie keeps
-  # the unclipped gradient, which `jnp.minimum` halves; exp(log1p(ε)) rounds like exp(log_ratio).
-  positive = advantages > 0
   epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
-  reach = jnp.where(positive, epsilon_high, -jnp.asarray(epsilon_low))
+  reach = jnp.where(advantages > 0, epsilon_high, -jnp.asarray(epsilon_low))
   open_end = reach <= -1  # 1 − ε ≤ 0: no ratio is that low
+  # exp(log1p(ε)) rounds like exp(log_ratio).
   limit = jnp.where(open_end, 0, jnp.exp(jnp.log1p(jnp.where(open_end, 0, reach))))
-  ratio = jnp.exp(log_ratio)
-  clipped = jnp.where(positive, ratio > limit, ratio < limit) | jnp.isnan(limit)
-  ratio = jnp.where(clipped, limit, ratio)
+  ratio = clip_ratio(jnp.exp(log_ratio), advantages, limit)
   if max_ratio is not None:
     ratio = jnp.where((ratio > max_ratio) | jnp.isnan(max_ratio), max_ratio, ratio)
   return ratio * advantages
 
 
+def clip_ratio(ratio: jax.Array, advantages: jax.Array, limit: jax.Array) -> jax.Array:
+  """Clips ρ so that ρA is min(ρA, clip(ρ)A): at a limit from above if A > 0, from below else.
+
+  By strict comparison a tie keeps the unclipped gradient, which `jnp.minimum` halves.
+  """
+  clipped = jnp.where(advantages > 0, ratio > limit, ratio < limit) | jnp.isnan(limit)
+  return jnp.where(clipped, limit, ratio)
+
+
+@slot_function(tokenwise=True)
 def dual_clip(
   log_ratio: jax.Array,
   advantages: jax.Array,
@@ -72,14 +76,9 @@ def dual_clip(
       A ≥ 0: min(ρA, clip(ρ)A);   A < 0: max(min(ρA, clip(ρ)A), bound·A)
 
   Args:
-    log_ratio: log ρ, any shape.
-    advantages: A, of the same shape, or one that broadcasts to it.
-    epsilon_low: ε_low > 0.
-    epsilon_high: ε_high > 0; ε_low if None.
+    epsilon_low: as in `clip`.
+    epsilon_high: as in `clip`.
     bound: c > 1.
-
-  Returns:
-    The objective, of log_ratio's shape.
 
   Example:
     >>> print(dual_clip(jnp.log(jnp.array([8.0, 8.0])), jnp.array([1.0, -1.0]), epsilon_low=0.25))
@@ -93,6 +92,7 @@ def dual_clip(
   )
 
 
+@slot_function(tokenwise=True)
 def cispo(
   log_ratio: jax.Array,
   advantages: jax.Array,
@@ -100,20 +100,17 @@ def cispo(
   low: chex.Numeric | None = None,
   high: chex.Numeric,
 ) -> jax.Array:
-  """Clips the importance weight and lets every token keep a gradient.
+  """Clips the importance weight, so that every token keeps a gradient.
 
       sg(clip(ρ, low, high)) · A · log π      (up to a constant: log_ratio stands for log π)
 
+  The paper's gradient, not its value.
+
   Args:
-    log_ratio: log ρ, any shape.
-    advantages: A, of the same shape, or one that broadcasts to it.
-    low: the smallest weight, an absolute bound in [0, 1]; None for none. TRL has none; verl,
+    low: the smallest weight, an absolute bound in [0, 1]; None disables it, as in TRL; verl,
       NeMo-RL and slime use 1−ε.
     high: the largest weight, an absolute bound > 1. Below 1 it would shrink on-policy gradients
       too.
-
-  Returns:
-    The objective, of log_ratio's shape; its gradient, not its value, is the paper's.
 
   Example:
     >>> print(jax.grad(lambda x: cispo(x, 2.0, high=4.0))(jnp.log(8.0)))
@@ -125,6 +122,7 @@ def cispo(
   return with_slope(weight * log_ratio, weight, log_ratio) * advantages
 
 
+@slot_function(tokenwise=True)
 def sapo(
   log_ratio: jax.Array,
   advantages: jax.Array,
@@ -134,16 +132,11 @@ def sapo(
 ) -> jax.Array:
   """Fades a token's gradient out as its ratio leaves 1, instead of clipping it.
 
-      (4/τ) σ(τ(ρ−1)) A,   τ = temperature_pos where A > 0, temperature_neg elsewhere
+      (4/τ) σ(τ(ρ−1)) A,   τ = temperature_pos if A > 0 else temperature_neg
 
   Args:
-    log_ratio: log ρ, any shape.
-    advantages: A, of the same shape, or one that broadcasts to it.
     temperature_pos: τ > 0 of good samples.
     temperature_neg: τ > 0 of bad samples; larger fades faster.
-
-  Returns:
-    The objective, of log_ratio's shape.
 
   Example:
     >>> print(jax.grad(sapo)(0.0, 2.0))
@@ -152,22 +145,16 @@ def sapo(
   Reference: Gao et al. (2025), arXiv:2511.20347.
   """
   temperature = jnp.where(advantages > 0, temperature_pos, temperature_neg)
-  # `expm1` would be no more exact here, and JAX's derivative of it loses ρ beside 1.
+  # `expm1` is no more exact here, and JAX's derivative of it loses digits of ρ.
   gate = sigmoid(temperature * (jnp.exp(log_ratio) - 1))
   return 4 / temperature * gate * advantages
 
 
+@slot_function(tokenwise=True)
 def reinforce(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
-  """Weighs log-probabilities by advantages; the ratio plays no part in the gradient.
+  """Weighs log-probabilities by advantages; the gradient does not depend on the ratio.
 
       A · log π      (up to a constant: log_ratio stands for log π)
-
-  Args:
-    log_ratio: log ρ, any shape.
-    advantages: A, of the same shape, or one that broadcasts to it.
-
-  Returns:
-    The objective, of log_ratio's shape; its gradient, not its value, is REINFORCE's.
 
   Example:
     >>> print(jax.grad(reinforce)(0.7, 2.0))
@@ -178,17 +165,11 @@ def reinforce(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
   return log_ratio * advantages
 
 
+@slot_function(tokenwise=True)
 def importance_weighted(log_ratio: jax.Array, advantages: jax.Array) -> jax.Array:
   """Weighs advantages by the ratio, unclipped.
 
       ρ A
-
-  Args:
-    log_ratio: log ρ, any shape.
-    advantages: A, of the same shape, or one that broadcasts to it.
-
-  Returns:
-    The objective, of log_ratio's shape.
 
   Example:
     >>> print(importance_weighted(jnp.log(jnp.array([2.0])), jnp.array([3.0])))
@@ -199,18 +180,14 @@ def importance_weighted(log_ratio: jax.Array, advantages: jax.Array) -> jax.Arra
   return jnp.exp(log_ratio) * advantages
 
 
+@slot_function(tokenwise=True)
 def dro(log_ratio: jax.Array, advantages: jax.Array, *, beta: chex.Numeric) -> jax.Array:
-  """Pulls the log-ratio towards A/β: a quadratic penalty in place of a clip.
+  """Pulls the log-ratio towards A/β by a quadratic penalty, in place of a clip.
 
       A · log ρ − (β/2) (log ρ)²
 
   Args:
-    log_ratio: log ρ, any shape.
-    advantages: A, of the same shape, or one that broadcasts to it.
     beta: β > 0.
-
-  Returns:
-    The objective, of log_ratio's shape.
 
   Example:
     >>> print(dro(jnp.array([2.0]), jnp.array([3.0]), beta=0.5))

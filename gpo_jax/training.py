@@ -16,9 +16,17 @@ def as_loss(
 
       loss_fn(params, rollout, *inputs) = objective(policy(params, *inputs), rollout)
 
-  For `jax.value_and_grad(loss_fn, has_aux=True)`. Cut `rollout` and `inputs` along their rows for
-  microbatches, or have `optax.microbatching.microbatch` cut them; losses and gradients add up:
-  accumulate sums, never means. An optax line search wants `has_aux=False` for its `value_fn`.
+  For `jax.value_and_grad(loss_fn, has_aux=True)`. Slice `rollout` and `inputs` along their rows for
+  microbatches: losses and gradients add up, so accumulate sums, never means. Terms concatenate:
+
+      kinds = optax.microbatching.AccumulationType
+      step = optax.microbatching.microbatch(
+        jax.value_and_grad(loss_fn, has_aux=True), argnums=(1, 2), microbatch_size=2,
+        accumulator=((kinds.SUM, kinds.CONCAT), kinds.SUM))
+
+  In `jax.lax.scan` sum losses and gradients in the carry and stack the terms. `params` is any
+  pytree, an NNX module too: differentiate it with `jax.grad`, which works inside of both loops
+  (`nnx.grad` does not). An optax line search wants `has_aux=False` for its `value_fn`.
 
   Args:
     objective: the objective; made inside a jitted step, it may have scheduled numbers.
@@ -26,10 +34,10 @@ def as_loss(
     has_aux: whether to return `(loss, terms)`, or the loss alone.
 
   Returns:
-    The function; whatever shapes do not fit it refuses as the objective does.
+    The function, which raises on a shape mismatch as the objective does.
 
   Raises:
-    ValueError: for what is no objective, such as a preset not called, or no function.
+    ValueError: if it is not given an objective (a preset must be called) and a function.
 
   Example:
     >>> import gpo_jax as gpo

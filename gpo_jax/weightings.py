@@ -1,33 +1,32 @@
 """Weightings: each token's share of the loss, as data.
 
 Each is `(mask, segment_ids=None, *, …) -> weights`, `[..., T]` to `[..., T]`: computed once over
-all that one optimizer step sees, so that the loss is a plain sum however the batch is cut
-afterwards. A masked token weighs 0; an empty row is not counted; a batch without a token weighs 0
-everywhere.
+the data of one optimizer step, so that the loss is a plain sum however the batch is sliced
+afterwards. A masked token weighs 0, a fully masked response is not counted, and a batch without a
+token weighs 0 everywhere. `mask` holds bools or 0/1; `segment_ids` tells the responses of packed
+rows apart, one response per row if None.
 """
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from gpo_jax import _checks, _segments
+from gpo_jax import _segments
+from gpo_jax._inputs import as_mask, as_scalar, as_segment_ids
+from gpo_jax.traits import slot_function
 
 
-def _inputs(mask: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-  mask = _checks.as_mask("mask", mask)
-  if segment_ids is not None:
-    segment_ids = _checks.as_segment_ids(segment_ids, mask)
-  return mask.astype(jax.dtypes.canonicalize_dtype(float)), segment_ids
+def _active(mask: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+  mask = as_mask("mask", mask)
+  ids = None if segment_ids is None else as_segment_ids(segment_ids, mask)
+  return mask.astype(jax.dtypes.canonicalize_dtype(float)), ids
 
 
+@slot_function(by_length=True, denominator="tokens")
 def token_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
   """Gives every token of the batch the same weight.
 
       w_t = 1 / (number of active tokens in the batch)
-
-  Args:
-    mask: the tokens that count, `[..., T]`, bool or 0/1.
-    segment_ids: not used.
 
   Returns:
     Weights that sum to 1, `[..., T]`.
@@ -39,18 +38,15 @@ def token_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Arr
 
   Reference: Yu et al. (2025, DAPO), arXiv:2503.14476, Eq. 8.
   """
-  active, _ = _inputs(mask, segment_ids)
+  active, _ = _active(mask, segment_ids)
   return active / jnp.maximum(jnp.sum(active), 1)
 
 
+@slot_function(denominator="responses")
 def sequence_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
   """Gives every response the same weight, shared equally by its tokens.
 
-      w_t = 1 / (L · number of responses that are not empty)
-
-  Args:
-    mask: the tokens that count, `[..., T]`, bool or 0/1.
-    segment_ids: the responses of packed rows, `[..., T]`; one response per row if None.
+      w_t = 1 / (L · number of responses)
 
   Returns:
     Weights that sum to 1, `[..., T]`.
@@ -61,21 +57,18 @@ def sequence_mean(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.
      [0.5  0.  ]]
 
   Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, Eq. 3. TRL, verl's trainer, EasyDeL and
-  MaxText count empty responses; here, as in Tunix, they are not counted.
+  MaxText count fully masked responses; ours, like Tunix, does not.
   """
-  active, segment_ids = _inputs(mask, segment_ids)
+  active, segment_ids = _active(mask, segment_ids)
   lengths = jnp.maximum(_segments.total(active, segment_ids), 1)
   return active / lengths / jnp.maximum(_segments.count(active, segment_ids), 1)
 
 
+@slot_function(denominator="responses")
 def sequence_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
   """Sums each response's tokens and averages the responses.
 
-      w_t = 1 / (number of responses that are not empty)
-
-  Args:
-    mask: the tokens that count, `[..., T]`, bool or 0/1.
-    segment_ids: the responses of packed rows, `[..., T]`; one response per row if None.
+      w_t = 1 / (number of responses)
 
   Returns:
     Weights, `[..., T]`.
@@ -88,20 +81,19 @@ def sequence_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.A
   Reference: Ahmadian et al. (2024, RLOO), arXiv:2402.14740; with the sequence ratio, LUSPO (2026),
   arXiv:2602.05261.
   """
-  active, segment_ids = _inputs(mask, segment_ids)
+  active, segment_ids = _active(mask, segment_ids)
   return active / jnp.maximum(_segments.count(active, segment_ids), 1)
 
 
+@slot_function(by_length=True, denominator="responses")
 def constant_length(
   mask: jax.Array, segment_ids: jax.Array | None = None, *, length: chex.Numeric
 ) -> jax.Array:
-  """Divides every response by one constant length, whatever its own.
+  """Divides every response by one constant length, whatever its own length.
 
-      w_t = 1 / (length · number of responses that are not empty)
+      w_t = 1 / (length · number of responses)
 
   Args:
-    mask: the tokens that count, `[..., T]`, bool or 0/1.
-    segment_ids: the responses of packed rows, `[..., T]`; one response per row if None.
     length: a number > 0 that does not depend on the batch, such as the longest allowed response.
       Never the padded width: padding further would shrink the loss.
 
@@ -115,17 +107,14 @@ def constant_length(
 
   Reference: Liu et al. (2025, Dr. GRPO), arXiv:2503.20783.
   """
-  return sequence_sum(mask, segment_ids) / _checks.as_scalar("length", length)
+  return sequence_sum(mask, segment_ids) / as_scalar("length", length)
 
 
+@slot_function(by_length=True)
 def token_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
   """Gives every token the weight 1: a plain sum.
 
       w_t = 1
-
-  Args:
-    mask: the tokens that count, `[..., T]`, bool or 0/1.
-    segment_ids: not used.
 
   Returns:
     Weights, `[..., T]`.
@@ -134,4 +123,4 @@ def token_sum(mask: jax.Array, segment_ids: jax.Array | None = None) -> jax.Arra
     >>> print(token_sum(jnp.array([1, 1, 0])))
     [1. 1. 0.]
   """
-  return _inputs(mask, segment_ids)[0]
+  return _active(mask, segment_ids)[0]

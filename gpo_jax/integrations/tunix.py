@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpo_jax import _segments, weightings
-from gpo_jax._checks import with_token_axis
+from gpo_jax import _segments
 from gpo_jax.integrations._tunix_metrics import tunix_metrics
 from gpo_jax.log_probs import token_entropy
 from gpo_jax.objective import Objective, check_objective
+from gpo_jax.traits import traits_of
 from gpo_jax.types import Rollout
-
-_PER_RESPONSE = (weightings.sequence_mean, weightings.sequence_sum, weightings.constant_length)
 
 
 def register(name: str, objective: Objective) -> None:
@@ -108,7 +106,7 @@ def _rollout(objective: Objective, example: Any) -> Rollout:
     )
   mask, segment_ids = example.completion_mask.astype(bool), example.segment_ids
   return Rollout(
-    advantages=with_token_axis(example.advantages, mask),
+    advantages=example.advantages,
     mask=mask,
     weights=objective.weighting(mask, segment_ids),
     old_log_probs=example.old_per_token_logps,
@@ -142,9 +140,9 @@ def _forward(model, example, config, pad_id, eos_id) -> tuple[jax.Array, jax.Arr
 
 
 def _count(objective: Objective, rollout: Rollout) -> jax.Array:
-  """Counts what the weighting divides by: tokens or responses; 1 where that is not known."""
-  weighting: Any = objective.weighting
+  """Counts what the weighting divides by: tokens or responses; 1 if that is not known."""
+  denominator = traits_of(objective.weighting).denominator
   active = rollout.mask.astype(jnp.float32)
-  if weighting.func in _PER_RESPONSE:
+  if denominator == "responses":
     return _segments.count(active, rollout.segment_ids)
-  return jnp.sum(active) if weighting.func is weightings.token_mean else jnp.ones(())
+  return jnp.sum(active) if denominator == "tokens" else jnp.ones(())

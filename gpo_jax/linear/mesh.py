@@ -1,0 +1,178 @@
+"""The same on many devices: what each computes of its own, and what it tells the others.
+
+Before the loop the unembedding is gathered, once, unless it is sharded over the vocabulary only, on
+axes that hold no tokens: then each device sees its part of the vocabulary, and a few numbers per
+token are combined. After the loop gradients are summed, once, and scattered if the unembedding was
+gathered.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from gpo_jax.linear.backward import Gradients
+from gpo_jax.linear.head import Head
+
+
+class Sharding(NamedTuple):
+  """How tokens and unembedding lie on a mesh with Auto axes; Explicit arrays carry it themselves.
+
+  Attributes:
+    mesh: the mesh; None for the one in context.
+    tokens: of tokens `[..., T]`; hidden states lie likewise, with H whole.
+    unembedding: of W `[V, H]`, over V, over H (FSDP), or both; a bias `[V]` likewise.
+  """
+
+  mesh: jax.sharding.Mesh | None = None
+  tokens: PartitionSpec = PartitionSpec()
+  unembedding: PartitionSpec = PartitionSpec()
+
+
+class Layout(NamedTuple):
+  """Which axes of a mesh do what; all empty on one device."""
+
+  mesh: Any = None
+  tokens: PartitionSpec = PartitionSpec()
+  unembedding: PartitionSpec = PartitionSpec()
+  of_tokens: tuple[str, ...] = ()
+  of_vocabulary: tuple[str, ...] = ()
+  gathered: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+  def on_devices(self, function: Callable, specs: tuple, results: Any) -> Callable:
+    """Runs a function on each device's own part of its arguments."""
+    if self.mesh is None:
+      return function
+    own = jax.shard_map(
+      function, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False
+    )
+    return lambda *arguments: own(*self.place(arguments, specs))
+
+  def place(self, tree: Any, specs: Any) -> Any:
+    """Moves arrays on Explicit axes to where their specs say; on Auto axes the compiler does."""
+    if self.mesh is None or AxisType.Explicit not in self.mesh.axis_types:
+      return tree
+    move = lambda spec, x: jax.sharding.reshard(x, NamedSharding(self.mesh, spec))  # noqa: E731
+    return jax.tree.map(
+      lambda spec, part: jax.tree.map(lambda x: move(spec, x), part),
+      specs,
+      tree,
+      is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+
+  def head_specs(self, head: Head) -> Head:
+    """Returns the specs of a head's arrays."""
+    bias = None if head.bias is None else PartitionSpec(*self.unembedding[:1])
+    softcap = None if head.softcap is None else PartitionSpec()
+    return Head(self.unembedding, bias, softcap, PartitionSpec())
+
+  def gather(self, head: Head) -> Head:
+    """Gathers what this device needs of the head, before the loop."""
+    unembedding, bias = head.unembedding, head.bias
+    for dim, axes in enumerate(self.gathered):
+      if axes:
+        unembedding = jax.lax.all_gather(unembedding, axes, axis=dim, tiled=True)
+    if bias is not None and self.gathered[0]:
+      bias = jax.lax.all_gather(bias, self.gathered[0], axis=0, tiled=True)
+    return head._replace(unembedding=unembedding, bias=bias)
+
+  def own_tokens(self, tokens: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
+    """Numbers tokens relative to this device's part of the vocabulary; marks ids of any part."""
+    size, parts = head.unembedding.shape[0], math.prod(map(jax.lax.axis_size, self.of_vocabulary))
+    first = size * jax.lax.axis_index(self.of_vocabulary) if self.of_vocabulary else 0
+    return tokens - first, (tokens >= 0) & (tokens < size * parts)
+
+  def most(self, count: jax.Array) -> jax.Array:
+    """Returns the largest count of all devices if they meet in the loop, which must go alike."""
+    axes = self.of_tokens if self.of_vocabulary else ()
+    return jax.lax.pmax(count, axes) if axes else count
+
+  def reduce(self, gradients: Gradients) -> Gradients:
+    """Sums gradients over the devices that hold their parts, after the loop."""
+    hidden, unembedding, bias = gradients
+    if self.of_vocabulary:
+      hidden = jax.lax.psum(hidden, self.of_vocabulary)
+    bias = None if bias is None else self._reduce(bias)
+    return Gradients(hidden, self._reduce(unembedding), bias)
+
+  def _reduce(self, x: jax.Array) -> jax.Array:
+    rest = set(self.of_tokens)
+    for dim, axes in enumerate(self.gathered[: x.ndim]):
+      summed = tuple(axis for axis in axes if axis in rest)
+      if summed == axes and axes:
+        x = jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+        rest -= set(axes)
+      elif axes:  # replicated over some of them: sum over the others first, then keep this part
+        x = jax.lax.psum(x, summed) if summed else x
+        rest -= set(summed)
+        size = x.shape[dim] // math.prod(map(jax.lax.axis_size, axes))
+        index = jax.lax.axis_index(axes)
+        x = jax.lax.dynamic_slice_in_dim(x, index * size, size, dim)
+    return jax.lax.psum(x, tuple(a for a in self.of_tokens if a in rest)) if rest else x
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def layout_of(
+  sharding: Sharding | None, hidden: jax.Array, head: Head
+) -> tuple[Layout, jax.Array, Head]:
+  """Finds how arrays lie on a mesh: as the user says, or as their types do."""
+  if sharding is None:
+    specs = [jax.typeof(x).sharding for x in (hidden, head.unembedding)]
+    explicit = [s for s in specs if AxisType.Explicit in s.mesh.axis_types]
+    if not explicit:
+      return Layout(), hidden, head
+    specs = [s.spec if s in explicit else PartitionSpec() for s in specs]
+    sharding = Sharding(explicit[0].mesh, PartitionSpec(*specs[0][: hidden.ndim - 1]), specs[1])
+  elif not isinstance(sharding, Sharding):
+    raise ValueError(f"sharding must be a Sharding; got {sharding!r:.60}")
+  mesh = jax.sharding.get_abstract_mesh() if sharding.mesh is None else sharding.mesh
+  if mesh.empty:
+    raise ValueError(
+      "sharding needs a mesh; got none: pass gpo.Sharding(mesh=…), or call inside jax.set_mesh(mesh)"
+    )
+  layout = _layout(sharding, mesh, hidden, head)
+  specs = PartitionSpec(*layout.tokens, None), layout.head_specs(head)
+  return layout, *layout.place((hidden, head), specs)
+
+
+def _layout(sharding: Sharding, mesh: Any, hidden: jax.Array, head: Head) -> Layout:
+  ndim = hidden.ndim - 1
+  if len(sharding.tokens) > ndim or len(sharding.unembedding) > 2:
+    raise ValueError(
+      f"sharding must have specs of tokens of rank {ndim} and an unembedding [V, H]; got "
+      f"tokens={sharding.tokens}, unembedding={sharding.unembedding}"
+    )
+  tokens = (*sharding.tokens, *[None] * (ndim - len(sharding.tokens)))
+  unembedding = (*sharding.unembedding, *[None] * (2 - len(sharding.unembedding)))
+  _check("tokens", tokens, hidden.shape[:-1], mesh)
+  _check("unembedding", unembedding, head.unembedding.shape, mesh)
+  of_tokens = tuple(name for entry in tokens for name in _names(entry))
+  rows, columns = map(_names, unembedding)
+  parallel = bool(rows) and not set(rows) & set(of_tokens)
+  return Layout(
+    mesh=mesh,
+    tokens=PartitionSpec(*tokens),
+    unembedding=PartitionSpec(*unembedding),
+    of_tokens=of_tokens,
+    of_vocabulary=rows if parallel else (),
+    gathered=(() if parallel else rows, columns),
+  )
+
+
+def _check(name: str, spec: tuple, shape: tuple[int, ...], mesh: Any) -> None:
+  """Checks that a mesh divides an array as its spec says."""
+  for entry, size in zip(spec, shape, strict=True):
+    for axis in _names(entry):
+      if axis not in mesh.axis_names:
+        raise ValueError(f"sharding.{name} names {axis!r}; the mesh has axes {mesh.axis_names}")
+    parts = math.prod(mesh.shape[axis] for axis in _names(entry))
+    if size % parts:
+      raise ValueError(
+        f"sharding.{name} splits an axis of {size} over {parts} devices ({entry}), which do not "
+        "divide it: pad it, a vocabulary by rows of W with a bias of -inf"
+      )

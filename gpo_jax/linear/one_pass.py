@@ -1,0 +1,107 @@
+"""One pass, if a token's gradient depends only on that token, and the rule that says so.
+
+Then the slope of a chunk is known as soon as its logits are, and one pass over the vocabulary
+computes loss and gradients: three matrix products of tokens × V × H, as if the logits were kept.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpo_jax.linear.backward import Slopes
+from gpo_jax.linear.forward import TokenLogProbs
+from gpo_jax.linear.head import Head
+from gpo_jax.linear.mesh import Layout
+from gpo_jax.linear.sweep import Tiling
+from gpo_jax.linear.two_passes import in_dtypes, on_devices, once
+from gpo_jax.objective import Objective, evaluate
+from gpo_jax.traits import traits_of
+from gpo_jax.types import Rollout, Terms
+
+
+def is_enough(objective: Objective) -> bool:
+  """Applies the rule: every function in the loss is declared tokenwise and binds numbers only."""
+  slots = (objective.surrogate, objective.level, objective.divergence, *objective.corrections)
+  return all(_is_tokenwise(slot) for slot in slots if slot is not None)
+
+
+def _is_tokenwise(slot: Any) -> bool:
+  bound = (*slot.args, *slot.keywords.values())
+  return traits_of(slot).tokenwise and all(
+    _is_tokenwise(value) if callable(value) else value is None or jnp.ndim(value) == 0
+    for value in bound
+  )
+
+
+def loss(
+  tiling: Tiling,
+  layout: Layout,
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  objective: Objective,
+  rollout: Rollout,
+) -> tuple[jax.Array, Terms]:
+  """Computes an objective's loss and terms, from clean inputs."""
+  # Integers and bools of functions that are not ours stay what they are: they are not traced.
+  leaves, tree = jax.tree.flatten(objective)
+  fixed = tuple(leaf if isinstance(leaf, bool | int) else None for leaf in leaves)
+  numbers = tuple(leaf for leaf in leaves if not isinstance(leaf, bool | int))
+  return _loss(tiling, layout, (tree, fixed), hidden, head, tokens, numbers, rollout)
+
+
+def _objective(structure: tuple, numbers: tuple) -> Objective:
+  tree, fixed = structure
+  rest = iter(numbers)
+  return jax.tree.unflatten(tree, [next(rest) if leaf is None else leaf for leaf in fixed])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _loss(tiling, layout, structure, hidden, head, tokens, numbers, rollout):
+  outputs, _ = on_devices(tiling, layout, hidden, head, tokens, rollout.mask)
+  return _evaluate(_objective(structure, numbers), outputs, rollout)
+
+
+def _evaluate(
+  objective: Objective, outputs: TokenLogProbs, rollout: Rollout
+) -> tuple[jax.Array, Terms]:
+  loss, terms = evaluate(objective, outputs.log_probs.astype(rollout.weights.dtype), rollout)
+  return loss, dataclasses.replace(terms, entropy=outputs.entropy)
+
+
+def _forward(tiling, layout, structure, hidden, head, tokens, numbers, rollout):
+  advantages = jnp.broadcast_to(rollout.advantages, rollout.mask.shape)
+  per_token = rollout.replace(advantages=advantages, segment_ids=None)
+
+  def slopes(log_probs: jax.Array, rollout: Rollout) -> Slopes:
+    log_probs = log_probs.astype(rollout.weights.dtype)
+    of = lambda x: evaluate(_objective(structure, numbers), x, rollout)[0]  # noqa: E731
+    return Slopes(jax.grad(of)(log_probs), None)
+
+  outputs, gradients = on_devices(
+    tiling, layout, hidden, head, tokens, rollout.mask, slopes, per_token
+  )
+  loss_and_terms, d_numbers = jax.value_and_grad(
+    lambda numbers: _evaluate(_objective(structure, numbers), outputs, rollout),
+    has_aux=True,
+    allow_int=True,
+  )(numbers)
+  return once(loss_and_terms), (gradients, d_numbers, hidden, head)
+
+
+def _backward(tiling, layout, structure, residuals, slopes):
+  del tiling, layout, structure
+  gradients, d_numbers, hidden, head = residuals
+  scale = slopes[0]
+
+  def scaled(x: jax.Array) -> jax.Array:
+    return x if x.dtype == jax.dtypes.float0 else scale.astype(x.dtype) * x
+
+  gradients, d_numbers = jax.tree.map(scaled, (gradients, d_numbers))
+  return *in_dtypes(gradients, hidden, head), None, once(d_numbers), None
+
+
+_loss.defvjp(_forward, _backward)

@@ -1,0 +1,162 @@
+"""The loop over chunks of the tokens that count: masked tokens cost nothing, wherever they are.
+
+Tokens are flat here, `[N]`. The active ones are gathered to the front once, so that the loop meets
+contiguous chunks and ends when they end: a number of chunks that is known at run time only, and has
+no reverse-mode derivative. `one_pass` and `two_passes` differentiate by hand.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpo_jax._inputs import as_size
+from gpo_jax.linear.backward import Gradients, accumulate, zero_gradients
+from gpo_jax.linear.forward import TokenLogProbs, look
+from gpo_jax.linear.head import Head
+from gpo_jax.linear.mesh import Layout
+
+_CPU = (512, 1024)
+_CHIP = (4096, None)
+
+
+class Tiling(NamedTuple):
+  """How much is computed at a time; what is None is chosen for the platform that compiles.
+
+  Attributes:
+    chunk_size: tokens at a time, per device: 4·chunk_size·V bytes of logits are held, and each
+      chunk reads and writes the unembedding's gradient, 4·V·H bytes. 512 on CPU, 4096 elsewhere.
+    tile_size: entries of the vocabulary at a time. 1024 on CPU, where a tile stays in the cache, V
+      elsewhere.
+  """
+
+  chunk_size: int | None = None
+  tile_size: int | None = None
+
+
+def as_tiling(tiling: Tiling | None) -> Tiling:
+  """Checks a tiling."""
+  if not isinstance(tiling, Tiling | None):
+    raise ValueError(f"tiling must be a Tiling; got {tiling!r:.60}: pass gpo.Tiling(chunk_size=…)")
+  sizes = (tiling or Tiling())._asdict().items()
+  return Tiling(*(None if size is None else as_size(name, size) for name, size in sizes))
+
+
+def sweep(
+  tiling: Tiling,
+  layout: Layout,
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  mask: jax.Array,
+  slopes: Callable | None = None,
+  per_token: Any = (),
+) -> tuple[TokenLogProbs, Gradients | None]:
+  """Computes log-probabilities and, given the loss's slopes in them, its gradients in one go.
+
+  Args:
+    tiling: how much at a time.
+    layout: what other devices hold.
+    hidden: h, `[N, H]`; masked rows may hold anything.
+    head: W `[V, H]` and what else makes logits, as this device holds it.
+    tokens: the sampled tokens, `[N]`.
+    mask: the tokens that count, `[N]` bools.
+    slopes: `(log_probs, per_token) -> Slopes` of a chunk; None for no gradients.
+    per_token: arrays `[N]`; `slopes` gets the chunk's part of them.
+
+  Returns:
+    `TokenLogProbs`, 0 at masked tokens, and `Gradients`, of the shapes of hidden states and head.
+  """
+  head = layout.gather(head)
+  arguments = (hidden, head, *layout.own_tokens(tokens, head), mask, per_token)
+  # The platform that the program is compiled for need not be the one that traces it.
+  outputs, gradients = jax.lax.platform_dependent(
+    *arguments,
+    cpu=functools.partial(_sweep, tiling, layout, slopes, False),
+    default=functools.partial(_sweep, tiling, layout, slopes, True),
+  )
+  return outputs, None if gradients is None else layout.reduce(gradients)
+
+
+def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_token):
+  length, vocabulary = tokens.size, head.unembedding.shape[0]
+  chunk, tile = _CHIP if chip else _CPU
+  chunk = min(tiling.chunk_size or chunk, length)
+  tile = min(tiling.tile_size or tile or vocabulary, vocabulary)
+  # The last tokens go in smaller chunks, so that they do not cost a whole one.
+  sizes = (chunk, chunk // 4) if chunk % 4 == 0 and chunk >= 256 else (chunk,)
+  dtype = head.temperature.dtype
+  order, rank, active = _compact(mask, chunk)
+  h, y, known, fields = jax.tree.map(
+    lambda x: x.at[order].get(mode="fill", fill_value=0), (hidden, tokens, known, per_token)
+  )
+
+  def of_chunk(size: int, start: jax.Array, carry: tuple) -> tuple:
+    outputs, gradients, buffer = carry
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+    own_h, own_y, counts = take(h), take(y), start + jnp.arange(size) < active
+    seen, logits = look(own_h, head, own_y, take(known), tile, chip, buffer)
+    seen = seen.combine(layout.of_vocabulary)
+    own = jax.tree.map(lambda x: jnp.where(counts, x, 0), seen.outputs())
+    outputs = jax.tree.map(lambda x, y: _put(x, y, start), outputs, own)
+    if slopes is None or logits is None:
+      return outputs, gradients, buffer
+    slope = slopes(own.log_probs, jax.tree.map(take, fields))
+    slope = jax.tree.map(lambda x: jnp.where(counts, x, 0).astype(dtype), slope)
+    zeros = gradients._replace(hidden=jnp.zeros_like(own_h, dtype))
+    added = accumulate(own_h, head, own_y, seen, logits, slope, tile, chip, zeros)
+    d_hidden = _put(gradients.hidden, added.hidden, start)
+    return outputs, added._replace(hidden=d_hidden), None if buffer is None else logits
+
+  zero = jnp.zeros_like(y, dtype)
+  gradients = None if slopes is None else zero_gradients(h, head)
+  _, (outputs, gradients) = vary((y, (TokenLogProbs(zero, zero), gradients)))
+  start, end = jnp.zeros((), jnp.int32), layout.most(active)
+  for size in sizes:
+    whole = (end - start) // size
+    count = whole if size != sizes[-1] else -((start - end) // size)
+    buffer = jnp.zeros((vocabulary, size), dtype) if slopes and tile < vocabulary else None
+    _, buffer = vary((y, buffer))
+    outputs, gradients, _ = jax.lax.fori_loop(
+      0,
+      count,
+      lambda i, carry, size=size, start=start: of_chunk(size, start + i * size, carry),
+      (outputs, gradients, buffer),
+    )
+    start = start + whole * size
+  spread = lambda x: x.at[rank].get(mode="fill", fill_value=0)  # noqa: E731
+  outputs = jax.tree.map(spread, outputs)
+  if gradients is not None:
+    gradients = gradients._replace(hidden=spread(gradients.hidden))
+  return outputs, gradients
+
+
+def _compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Finds the active tokens in order, each token's place among them, and how many they are.
+
+  A place past the end of what is indexed marks no token: it reads 0.
+  """
+  length = mask.size
+  padded = -(-length // chunk) * chunk
+  order = jnp.flatnonzero(mask, size=padded, fill_value=length).astype(jnp.int32)
+  rank = jnp.cumsum(mask.astype(jnp.int32)) - 1
+  return order, jnp.where(mask, rank, padded), jnp.sum(mask.astype(jnp.int32))
+
+
+def _put(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+  return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
+
+
+def vary(tree: Any) -> Any:
+  """Adds a 0 of all arrays of a tree to each, which compiles to nothing.
+
+  Under `shard_map` all then vary over the devices over which any of them does, as a loop requires;
+  and a gradient in a replicated array is summed over the devices, by JAX itself.
+  """
+  none = [jnp.sum((x != x).astype(jnp.int32) * 0) for x in jax.tree.leaves(tree)]
+  zero = functools.reduce(jnp.add, none)
+  return jax.tree.map(
+    lambda x: x | zero.astype(bool) if x.dtype == bool else x + zero.astype(x.dtype), tree
+  )

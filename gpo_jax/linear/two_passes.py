@@ -1,0 +1,101 @@
+"""Two passes, for any objective: log-probabilities, then gradients, given the loss's slopes.
+
+The backward pass recomputes the logits: four matrix products of tokens × V × H instead of three.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpo_jax.linear.backward import Gradients, Slopes
+from gpo_jax.linear.forward import TokenLogProbs
+from gpo_jax.linear.head import Head
+from gpo_jax.linear.mesh import Layout
+from gpo_jax.linear.sweep import Tiling, sweep
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def log_probs(
+  tiling: Tiling,
+  layout: Layout,
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  mask: jax.Array,
+) -> TokenLogProbs:
+  """Computes log-probabilities and entropies, differentiable in hidden states and head."""
+  return on_devices(tiling, layout, hidden, head, tokens, mask)[0]
+
+
+def _forward(tiling, layout, *arguments):
+  return once(log_probs(tiling, layout, *arguments)), arguments
+
+
+def _backward(tiling, layout, arguments, slopes):
+  hidden, head, *_ = arguments
+  slopes_of = lambda _, slopes: Slopes(*slopes)  # noqa: E731
+  _, gradients = on_devices(tiling, layout, *arguments, slopes_of, tuple(slopes))
+  return *in_dtypes(gradients, hidden, head), None, None
+
+
+log_probs.defvjp(_forward, _backward)
+
+
+def on_devices(
+  tiling: Tiling,
+  layout: Layout,
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  mask: jax.Array,
+  slopes: Any = None,
+  per_token: Any = (),
+) -> tuple[TokenLogProbs, Gradients | None]:
+  """Sweeps over the tokens `[..., T]` of each device."""
+
+  def own(hidden, head, tokens, mask, per_token):
+    flat = jax.tree.map(jnp.ravel, (tokens, mask, per_token))
+    outputs, gradients = sweep(
+      tiling, layout, hidden.reshape(-1, hidden.shape[-1]), head, *flat[:2], slopes, flat[2]
+    )
+    outputs = jax.tree.map(lambda x: x.reshape(tokens.shape), outputs)
+    if gradients is not None:
+      gradients = gradients._replace(hidden=gradients.hidden.reshape(hidden.shape))
+    return outputs, gradients
+
+  at, heads = layout.tokens, layout.head_specs(head)
+  states = jax.sharding.PartitionSpec(*at, None)
+  results = (at, None if slopes is None else Gradients(states, heads.unembedding, heads.bias))
+  return layout.on_devices(own, (states, heads, at, at, at), results)(
+    hidden, head, tokens, mask, per_token
+  )
+
+
+def in_dtypes(gradients: Gradients, hidden: jax.Array, head: Head) -> tuple[jax.Array, Head]:
+  """Casts gradients, scaled by what came in from above, to the dtypes of what they belong to.
+
+  What a gradient belongs to does not depend on what is differentiated: JAX pairs the trees of one
+  trace with those of another. The compiler drops what nobody reads.
+  """
+  d_hidden, d_unembedding, d_bias = once(gradients)
+  bias = None if d_bias is None else d_bias.astype(head.bias.dtype)
+  constant: Any = None  # softcap and temperature
+  return d_hidden.astype(hidden.dtype), Head(
+    d_unembedding.astype(head.unembedding.dtype), bias, constant, constant
+  )
+
+
+@jax.custom_jvp
+def once(tree: Any) -> Any:
+  """Returns its argument, and raises if it is differentiated: these derivatives are by hand."""
+  return tree
+
+
+@once.defjvp
+def _once_jvp(primals: tuple, tangents: tuple):
+  raise NotImplementedError(
+    "linear_loss and linear_token_log_probs have first reverse-mode derivatives only; for others "
+    "use token_log_probs(hidden @ unembedding.T, tokens)"
+  )
