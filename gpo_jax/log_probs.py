@@ -143,8 +143,8 @@ def as_tokens(tokens: Any, shape: tuple[int, ...], of: str) -> jax.Array:
   tokens = as_ids("tokens", tokens, "pass the ids of the sampled tokens")
   if tokens.shape != shape:
     raise ValueError(
-      f"tokens must have one id per position, {list(shape)} for {of}; got {list(tokens.shape)}: shift "
-      "them so that position t holds the token sampled from it"
+      f"tokens must have one id per position, {list(shape)} for {of}; got {list(tokens.shape)}: "
+      "shift them so that position t holds the token sampled from it"
     )
   return tokens
 

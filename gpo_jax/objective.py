@@ -253,10 +253,11 @@ class Objective:
 
     Example:
       >>> import gpo_jax as gpo
-      >>> rollout = gpo.gpg().prepare([[1.0, 0.0]], [[[1, 1], [1, 0]]])
-      >>> print(gpo.gpg().losses(jnp.full((1, 2, 2), -2.0), rollout))
-      [[[ 0. -0.]
-        [ 0.  0.]]]
+      >>> objective, mask = gpo.topr(), jnp.array([[[1, 1], [1, 0]]])
+      >>> rollout = objective.prepare([[1.0, 0.0]], mask, jnp.full((1, 2, 2), -2.0))
+      >>> print(objective.losses(jnp.full((1, 2, 2), -1.0), rollout))
+      [[[-0.5 -0.5]
+        [ 0.5  0. ]]]
     """
     slots, log_probs, rollout = enter(self, log_probs, rollout)
     terms = _recomputed(evaluate_terms, slots)(log_probs, rollout)

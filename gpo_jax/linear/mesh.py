@@ -133,7 +133,7 @@ def layout_of(
   mesh = jax.sharding.get_abstract_mesh() if sharding.mesh is None else sharding.mesh
   if mesh.empty:
     raise ValueError(
-      "sharding needs a mesh; got none: pass gpo.Sharding(mesh=…), or call inside jax.set_mesh(mesh)"
+      "sharding needs a mesh; got none: pass gpo.Sharding(mesh), or call inside jax.set_mesh(mesh)"
     )
   layout = _layout(sharding, mesh, hidden, head)
   specs = PartitionSpec(*layout.tokens, None), layout.head_specs(head)

@@ -39,7 +39,7 @@ class Tiling(NamedTuple):
 def as_tiling(tiling: Tiling | None) -> Tiling:
   """Checks a tiling."""
   if not isinstance(tiling, Tiling | None):
-    raise ValueError(f"tiling must be a Tiling; got {tiling!r:.60}: pass gpo.Tiling(chunk_size=…)")
+    raise ValueError(f"tiling must be a Tiling; got {tiling!r:.60}: pass gpo.Tiling(chunk_size=1024)")
   sizes = (tiling or Tiling())._asdict().items()
   return Tiling(*(None if size is None else as_size(name, size) for name, size in sizes))
 
