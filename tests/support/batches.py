@@ -9,7 +9,9 @@ import gpo_jax as gpo
 from gpo_jax import presets
 
 NEEDED = {"dr_grpo": {"length": 8}}
-PRESETS = {name: getattr(presets, name)(**NEEDED.get(name, {})) for name in presets.__all__}
+PRESETS = {name: preset(**NEEDED.get(name, {})) for name, preset in presets.PRESETS.items()}
+# One of each kind: clip and KL, a response's ratio, an unbiased KL with a correction, no clip.
+COVERING = ("grpo", "gspo", "deepseek_v32", "vespo", "cispo")
 
 
 @dataclasses.dataclass
