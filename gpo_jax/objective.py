@@ -305,7 +305,7 @@ def evaluate_terms(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> 
   factor = functools.reduce(jnp.multiply, factors) if factors else None
   loss = -surrogate if factor is None else -factor * surrogate
   divergence = None
-  if slots.divergence is not None:
+  if slots.divergence is not None and slots.beta is not None:
     ref_log_ratio = None if ref is None else bound(log_probs - ref)
     divergence = slots.divergence(ref_log_ratio, token_log_ratio, rollout)
     loss = loss + slots.beta * divergence

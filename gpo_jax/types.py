@@ -34,9 +34,7 @@ class Level(Protocol):
 class Divergence(Protocol):
   """The penalty for leaving the reference policy, minimised."""
 
-  def __call__(
-    self, ref_log_ratio: jax.Array | None, log_ratio: jax.Array, rollout: "Rollout", /
-  ) -> jax.Array:
+  def __call__(self, ref_log_ratio: Any, log_ratio: jax.Array, rollout: "Rollout", /) -> jax.Array:
     """Returns the penalties, of log_ratio's shape; without a reference ref_log_ratio is None."""
     ...
 
@@ -60,8 +58,8 @@ class Weighting(Protocol):
 class Advantage(Protocol):
   """A sample's reward relative to its group, which is the last axis."""
 
-  def __call__(self, rewards: jax.Array, where: jax.Array, /) -> jax.Array:
-    """Returns the advantages, of where's shape; `where` marks the samples that count."""
+  def __call__(self, rewards: jax.Array, where: jax.Array | None, /) -> jax.Array:
+    """Returns the advantages, of where's shape; `where` marks the samples that count, if not all."""
     ...
 
 

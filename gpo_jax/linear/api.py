@@ -125,7 +125,7 @@ def linear_loss(
   hidden, head = as_head(hidden, head)
   tokens = as_tokens(tokens, hidden.shape[:-1], f"hidden {list(hidden.shape)}")
   check_same_shape(tokens=tokens, mask=rollout.mask)
-  stand_in = jnp.zeros_like(tokens, head.temperature.dtype)
+  stand_in = jnp.zeros_like(tokens, head.dtype)
   slots, _, rollout = enter(objective, stand_in, rollout)
   layout, hidden, head = layout_of(sharding, hidden, head)
   in_loss = (slots.surrogate, slots.level, slots.divergence, *slots.corrections)

@@ -4,6 +4,7 @@ Slopes are split into a power of two per token and the rest: float16 holds the r
 large the loss's scale is. Gradients stay in float32 at least: the caller scales, then casts.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ class Gradients(NamedTuple):
 
 def zero_gradients(hidden: jax.Array, head: Head) -> Gradients:
   """Makes gradients to accumulate in."""
-  dtype = head.temperature.dtype
+  dtype = head.dtype
   bias = None if head.bias is None else jnp.zeros_like(head.bias, dtype)
   return Gradients(jnp.zeros_like(hidden, dtype), jnp.zeros_like(head.unembedding, dtype), bias)
 
@@ -82,7 +83,7 @@ def accumulate(
   """
   dtype = wider(hidden.dtype, head.unembedding.dtype) if narrow else gradients.hidden.dtype
   slopes = jax.tree.map(lambda x: x / head.temperature, slopes)
-  size = sum(map(jnp.abs, jax.tree.leaves(slopes)))
+  size = functools.reduce(jnp.add, map(jnp.abs, jax.tree.leaves(slopes)))
   exponent = jnp.frexp(size)[1]
   slopes = jax.tree.map(lambda x: jnp.ldexp(x, -exponent), slopes)
   # dW mixes tokens: there hidden states carry what a token's power of two is below the largest.

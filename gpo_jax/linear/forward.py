@@ -93,7 +93,7 @@ def look(
       buffer = jax.lax.dynamic_update_slice_in_dim(buffer, logits, start, 0)
     return seen, buffer
 
-  zero = jnp.zeros_like(tokens, head.temperature.dtype)
+  zero = jnp.zeros_like(tokens, head.dtype)
   target = jnp.where(known, zero, jnp.nan)
   seen = Seen(zero + jnp.finfo(zero.dtype).min / 2, zero, zero, target)
   return over_tiles(vocabulary, tile_size, step, (seen, buffer))

@@ -30,6 +30,11 @@ class Head(NamedTuple):
   softcap: chex.Numeric | None = None
   temperature: chex.Numeric = 1.0
 
+  @property
+  def dtype(self) -> Any:
+    """The dtype of logits, and of gradients while they are accumulated."""
+    return jnp.result_type(self.temperature)
+
 
 def as_head(hidden: Any, head: Any, of: str = "") -> tuple[jax.Array, Head]:
   """Converts hidden states and a head; `of` is what their names begin with."""
@@ -104,7 +109,7 @@ def logits_of(hidden: jax.Array, head: Head, start: Any, size: int, narrow: bool
   return scale_logits(logits, bias, head)
 
 
-def scale_logits(products: jax.Array, bias: jax.Array | None, head: Head) -> jax.Array:
+def scale_logits(products: jax.Array, bias: jax.Array | None, head: Head) -> Any:
   """Computes logits of h Wᵀ."""
   logits = products if bias is None else products + bias.astype(products.dtype)
   if head.softcap is not None:

@@ -62,11 +62,11 @@ class Layout(NamedTuple):
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
-  def head_specs(self, head: Head) -> Head:
+  def head_specs(self, head: Head) -> Any:
     """Returns the specs of a head's arrays."""
-    bias = None if head.bias is None else PartitionSpec(*self.unembedding[:1])
-    softcap = None if head.softcap is None else PartitionSpec()
-    return Head(self.unembedding, bias, softcap, PartitionSpec())
+    whole: Any = PartitionSpec()
+    specs: Any = (self.unembedding, PartitionSpec(*self.unembedding[:1]), whole, whole)
+    return Head(*(None if x is None else spec for x, spec in zip(head, specs, strict=True)))
 
   def gather(self, head: Head) -> Head:
     """Gathers what this device needs of the head, before the loop."""

@@ -39,7 +39,9 @@ class Tiling(NamedTuple):
 def as_tiling(tiling: Tiling | None) -> Tiling:
   """Checks a tiling."""
   if not isinstance(tiling, Tiling | None):
-    raise ValueError(f"tiling must be a Tiling; got {tiling!r:.60}: pass gpo.Tiling(chunk_size=1024)")
+    raise ValueError(
+      f"tiling must be a Tiling; got {tiling!r:.60}: pass gpo.Tiling(chunk_size=1024)"
+    )
   sizes = (tiling or Tiling())._asdict().items()
   return Tiling(*(None if size is None else as_size(name, size) for name, size in sizes))
 
@@ -87,7 +89,7 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
   tile = min(tiling.tile_size or tile or vocabulary, vocabulary)
   # The last tokens go in smaller chunks, so that they do not cost a whole one.
   sizes = (chunk, chunk // 4) if chunk % 4 == 0 and chunk >= 256 else (chunk,)
-  dtype = head.temperature.dtype
+  dtype = head.dtype
   order, rank, active = _compact(mask, chunk)
   h, y, known, fields = jax.tree.map(
     lambda x: x.at[order].get(mode="fill", fill_value=0), (hidden, tokens, known, per_token)

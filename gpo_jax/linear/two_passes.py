@@ -34,9 +34,9 @@ def _forward(tiling, layout, *arguments):
 
 
 def _backward(tiling, layout, arguments, slopes):
-  hidden, head, *_ = arguments
+  hidden, head, tokens, mask = arguments
   slopes_of = lambda _, slopes: Slopes(*slopes)  # noqa: E731
-  _, gradients = on_devices(tiling, layout, *arguments, slopes_of, tuple(slopes))
+  _, gradients = on_devices(tiling, layout, hidden, head, tokens, mask, slopes_of, tuple(slopes))
   return *in_dtypes(gradients, hidden, head), None, None
 
 
@@ -56,9 +56,10 @@ def on_devices(
   """Sweeps over the tokens `[..., T]` of each device."""
 
   def own(hidden, head, tokens, mask, per_token):
-    flat = jax.tree.map(jnp.ravel, (tokens, mask, per_token))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    flat = jax.tree.map(jnp.ravel, per_token)
     outputs, gradients = sweep(
-      tiling, layout, hidden.reshape(-1, hidden.shape[-1]), head, *flat[:2], slopes, flat[2]
+      tiling, layout, rows, head, tokens.ravel(), mask.ravel(), slopes, flat
     )
     outputs = jax.tree.map(lambda x: x.reshape(tokens.shape), outputs)
     if gradients is not None:
@@ -66,21 +67,21 @@ def on_devices(
     return outputs, gradients
 
   at, heads = layout.tokens, layout.head_specs(head)
-  states = jax.sharding.PartitionSpec(*at, None)
+  states: Any = jax.sharding.PartitionSpec(*at, None)
   results = (at, None if slopes is None else Gradients(states, heads.unembedding, heads.bias))
   return layout.on_devices(own, (states, heads, at, at, at), results)(
     hidden, head, tokens, mask, per_token
   )
 
 
-def in_dtypes(gradients: Gradients, hidden: jax.Array, head: Head) -> tuple[jax.Array, Head]:
+def in_dtypes(gradients: Any, hidden: jax.Array, head: Head) -> tuple[jax.Array, Head]:
   """Casts gradients, scaled by what came in from above, to the dtypes of what they belong to.
 
-  What a gradient belongs to does not depend on what is differentiated: JAX pairs the trees of one
-  trace with those of another. The compiler drops what nobody reads.
+  All of them, whatever is differentiated: JAX may pair the residuals of one trace with the backward
+  rule of another, so their tree must not depend on it. The compiler drops what nobody reads.
   """
   d_hidden, d_unembedding, d_bias = once(gradients)
-  bias = None if d_bias is None else d_bias.astype(head.bias.dtype)
+  bias = None if head.bias is None else d_bias.astype(head.bias.dtype)
   constant: Any = None  # softcap and temperature
   return d_hidden.astype(hidden.dtype), Head(
     d_unembedding.astype(head.unembedding.dtype), bias, constant, constant
