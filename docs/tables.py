@@ -9,7 +9,7 @@ import pathlib
 import re
 import sys
 
-from gpo_jax import presets
+from gpo_jax.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/api/presets.md"]
@@ -28,26 +28,26 @@ def functions(slot) -> str:
 
 def paper(name: str) -> str:
   """Links the first paper of a preset's reference."""
-  reference = getattr(presets, name).__doc__.partition("Reference:")[2]
+  reference = PRESETS[name].__doc__.partition("Reference:")[2]
   number = re.search(r"arXiv:(\d{4}\.\d{5})", reference)
   return f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else "below"
 
 
 def row(name: str) -> str:
   """Makes a preset's row of the table."""
-  objective = getattr(presets, name)(**REQUIRED.get(name, {}))
+  objective = PRESETS[name](**REQUIRED.get(name, {}))
   slots = [functions(getattr(objective, slot)) for slot in SLOTS]
   return f"| `{name}` | {paper(name)} | {' | '.join(slots)} |"
 
 
 def table() -> str:
   """Makes the table of presets."""
-  return "\n".join([HEAD, "|---" * HEAD.count(" |") + "|", *map(row, presets.__all__)])
+  return "\n".join([HEAD, "|---" * HEAD.count(" |") + "|", *map(row, PRESETS)])
 
 
 def reference() -> str:
   """Makes the presets' part of the reference."""
-  entries = "\n\n".join(f".. autofunction:: {name}" for name in presets.__all__)
+  entries = "\n\n".join(f".. autofunction:: {name}" for name in PRESETS)
   return f"```{{eval-rst}}\n.. currentmodule:: gpo_jax\n\n{entries}\n```"
 
 
