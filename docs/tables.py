@@ -5,6 +5,7 @@ Between `<!-- presets -->` and `<!-- /presets -->` goes the table of their slots
 """
 
 import argparse
+import inspect
 import pathlib
 import re
 import sys
@@ -13,7 +14,6 @@ from gpo_jax.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/api/presets.md"]
-REQUIRED = {"dr_grpo": {"length": 1024}}  # arguments without a default
 SLOTS = ("advantage", "level", "surrogate", "divergence", "weighting", "corrections")
 HEAD = (
   "| preset | paper | advantage | ratio level | surrogate | divergence | weighting | correction |"
@@ -35,7 +35,8 @@ def paper(name: str) -> str:
 
 def row(name: str) -> str:
   """Makes a preset's row of the table."""
-  objective = PRESETS[name](**REQUIRED.get(name, {}))
+  parameters = inspect.signature(PRESETS[name]).parameters.values()
+  objective = PRESETS[name](**{p.name: 1024 for p in parameters if p.default is p.empty})
   slots = [functions(getattr(objective, slot)) for slot in SLOTS]
   return f"| `{name}` | {paper(name)} | {' | '.join(slots)} |"
 
