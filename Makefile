@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Workers for the tests; the doctests and the tests share one run.
 JOBS ?= 2
 
-.PHONY: help setup demo test test-all test-lowest lint types bench bench-peers notebooks docs build clean
+.PHONY: help setup demo test test-all test-lowest lint types bench bench-peers notebooks docs readme build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -81,6 +81,9 @@ notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
 
 docs: $(VENV)/.docs  ## Build the documentation, docs/_build/html/index.html; warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
+
+readme: setup  ## Write what the pages list about the presets, from the code
+	$(BIN)/python docs/tables.py $(ARGS)
 
 build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation

@@ -1,0 +1,77 @@
+"""Generates what the pages list about the presets: `make readme`.
+
+Between `<!-- presets -->` and `<!-- /presets -->` goes the table of their slots, between
+`<!-- presets-reference -->` and `<!-- /presets-reference -->` the list that Sphinx reads.
+"""
+
+import argparse
+import inspect
+import pathlib
+import re
+import sys
+
+from gpo_jax.presets import PRESETS
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/api/presets.md"]
+SLOTS = ("advantage", "level", "surrogate", "divergence", "weighting", "corrections")
+HEAD = (
+  "| preset | paper | advantage | ratio level | surrogate | divergence | weighting | correction |"
+)
+
+
+def functions(slot) -> str:
+  """Names the functions of a slot, which holds one, a tuple or None."""
+  filled = slot if isinstance(slot, tuple) else (slot,)
+  return ", ".join(f"`{one.func.__name__}`" for one in filled if one is not None) or "–"
+
+
+def paper(name: str) -> str:
+  """Links the first paper of a preset's reference."""
+  reference = PRESETS[name].__doc__.partition("Reference:")[2]
+  number = re.search(r"arXiv:(\d{4}\.\d{5})", reference)
+  return f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else "below"
+
+
+def row(name: str) -> str:
+  """Makes a preset's row of the table."""
+  parameters = inspect.signature(PRESETS[name]).parameters.values()
+  objective = PRESETS[name](**{p.name: 1024 for p in parameters if p.default is p.empty})
+  slots = [functions(getattr(objective, slot)) for slot in SLOTS]
+  return f"| `{name}` | {paper(name)} | {' | '.join(slots)} |"
+
+
+def table() -> str:
+  """Makes the table of presets."""
+  return "\n".join([HEAD, "|---" * HEAD.count(" |") + "|", *map(row, PRESETS)])
+
+
+def reference() -> str:
+  """Makes the presets' part of the reference."""
+  entries = "\n\n".join(f".. autofunction:: {name}" for name in PRESETS)
+  return f"```{{eval-rst}}\n.. currentmodule:: gpo_jax\n\n{entries}\n```"
+
+
+def main() -> None:
+  """Writes the pages, or checks them only."""
+  parser = argparse.ArgumentParser(description=main.__doc__)
+  parser.add_argument("--check", action="store_true", help="exit with 1 if a page would change")
+  check = parser.parse_args().check
+  blocks, found = {"presets": table(), "presets-reference": reference()}, set()
+  for page in PAGES:
+    text = written = page.read_text(encoding="utf-8")
+    for name, content in blocks.items():
+      between = rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)"
+      if match := re.search(between, text, re.DOTALL):
+        text = f"{text[: match.start()]}\n{content}\n\n{text[match.end() :]}"
+        found.add(name)
+    if text != written and check:
+      sys.exit(f"{page.relative_to(ROOT)} differs from the presets: run `make readme`")
+    if text != written:
+      page.write_text(text, encoding="utf-8")
+  if found != set(blocks):
+    sys.exit(f"no page has the markers {', '.join(set(blocks) - found)}")
+
+
+if __name__ == "__main__":
+  main()
