@@ -64,9 +64,10 @@ class Layout(NamedTuple):
 
   def head_specs(self, head: Head) -> Any:
     """Returns the specs of a head's arrays."""
-    whole: Any = PartitionSpec()
-    specs: Any = (self.unembedding, PartitionSpec(*self.unembedding[:1]), whole, whole)
-    return Head(*(None if x is None else spec for x, spec in zip(head, specs, strict=True)))
+    unembedding: Any = self.unembedding
+    bias: Any = PartitionSpec(*self.unembedding[:1])
+    specs: Any = Head(unembedding, bias, *2 * [PartitionSpec()])
+    return specs._replace(**{name: None for name in head._fields if getattr(head, name) is None})
 
   def gather(self, head: Head) -> Head:
     """Gathers what this device needs of the head, before the loop."""

@@ -119,8 +119,9 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
   for size in sizes:
     whole = (end - start) // size
     count = whole if size != sizes[-1] else -((start - end) // size)
-    buffer = jnp.zeros((vocabulary, size), dtype) if slopes and tile < vocabulary else None
-    _, buffer = vary((y, buffer))
+    # Zeros that the compiler cannot foresee: it must not hold the buffers of both loops at once.
+    zero = jnp.where(outputs.log_probs[0] > jnp.inf, outputs.log_probs[0], 0)
+    buffer = jnp.broadcast_to(zero, (vocabulary, size)) if slopes and tile < vocabulary else None
     outputs, gradients, _ = jax.lax.fori_loop(
       0,
       count,
