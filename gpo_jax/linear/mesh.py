@@ -66,7 +66,8 @@ class Layout(NamedTuple):
     """Returns the specs of a head's arrays."""
     unembedding: Any = self.unembedding
     bias: Any = PartitionSpec(*self.unembedding[:1])
-    specs: Any = Head(unembedding, bias, *2 * [PartitionSpec()])
+    number: Any = PartitionSpec()
+    specs: Any = Head(unembedding, bias, number, number)
     return specs._replace(**{name: None for name in head._fields if getattr(head, name) is None})
 
   def gather(self, head: Head) -> Head:
