@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpo_jax._ranges import check_range
+
 Array = jax.Array | np.ndarray
 
 
@@ -54,6 +56,11 @@ def as_scalar(name: str, value: Any) -> Array:
       f"{name} must be a scalar; got shape {list(number.shape)}: sweep it with jax.vmap"
     )
   return number.astype(jax.dtypes.canonicalize_dtype(float))
+
+
+def as_number_in_range(name: str, value: Any, dtype: Any) -> jax.Array:
+  """Converts a number that has a range in the table."""
+  return jnp.asarray(check_range(name, as_scalar(name, value)), dtype)
 
 
 def _is_bool(x: Any) -> bool:

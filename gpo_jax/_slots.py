@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 from gpo_jax import types
 from gpo_jax._inputs import as_array
+from gpo_jax._ranges import check_range
 from gpo_jax.traits import traits_of
 
 
@@ -86,16 +87,17 @@ def as_number(name: str, value: Any) -> Any:
 
 def _floats(function: Partial) -> Partial:
   """Converts what is bound to a function of this package, whose numbers are real, to floats."""
+  traits = traits_of(function)
 
-  def convert(key: str, leaf: Any) -> Any:
-    if jnp.ndim(leaf) and key not in traits_of(function).arrays:
-      check_scalar(key, leaf)
-    return as_array(key, leaf).astype(jax.dtypes.canonicalize_dtype(float))
+  def convert(key: str, value: Any) -> Any:
+    if value is None or isinstance(value, Partial):
+      return value
+    if key not in traits.arrays:
+      check_scalar(key, value)
+    check_range(key, value, traits.ranges.get(key))
+    return as_array(key, value).astype(jax.dtypes.canonicalize_dtype(float))
 
-  keywords = {
-    key: jax.tree.map(functools.partial(convert, key), bound)
-    for key, bound in function.keywords.items()
-  }
+  keywords = {key: convert(key, value) for key, value in function.keywords.items()}
   return Partial(function.func, *function.args, **keywords)
 
 

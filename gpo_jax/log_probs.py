@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax import vocabulary
-from gpo_jax._inputs import as_array, as_ids, as_scalar, check_same_shape, describe, promote
+from gpo_jax._inputs import (
+  as_array,
+  as_ids,
+  as_number_in_range,
+  check_same_shape,
+  describe,
+  promote,
+)
 
 
 def token_log_probs(
@@ -170,9 +177,9 @@ def _scale(
     support = _as_support(support, logits, name)
     logits = jnp.where(support, logits, 0)  # what may be NaN must not meet a function with a slope
   if softcap is not None:
-    softcap = jnp.asarray(as_scalar("softcap", softcap), logits.dtype)
+    softcap = as_number_in_range("softcap", softcap, logits.dtype)
     logits = softcap * jnp.tanh(logits / softcap)
-  logits = logits / jnp.asarray(as_scalar("temperature", temperature), logits.dtype)
+  logits = logits / as_number_in_range("temperature", temperature, logits.dtype)
   return logits if support is None else jnp.where(support, logits, jnp.finfo(logits.dtype).min)
 
 

@@ -17,6 +17,7 @@ from gpo_jax import _segments
 from gpo_jax._inputs import as_array, as_mask, as_segment_ids, check_returned
 from gpo_jax._numerics import bound
 from gpo_jax._padding import clean, validate
+from gpo_jax._ranges import check_range
 from gpo_jax._slots import (
   as_number,
   as_slot,
@@ -100,7 +101,8 @@ class Objective:
     if callable(self.beta):
       raise ValueError("beta must be a number; got a function: pass beta=schedule(step)")
     if self.beta is not None:
-      object.__setattr__(self, "beta", jnp.asarray(as_number("beta", self.beta), float))
+      beta = check_range("beta", as_number("beta", self.beta))
+      object.__setattr__(self, "beta", jnp.asarray(beta, float))
     given = self.corrections
     if not isinstance(given, tuple | list) or not all(map(callable, given)):
       raise ValueError(f"corrections must be a tuple of functions; got {given!r:.60}")

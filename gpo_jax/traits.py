@@ -6,8 +6,11 @@ declared for the function inside.
 """
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
+
+from gpo_jax._ranges import Range, check_range, ranges_of
 
 F = TypeVar("F", bound=Callable)
 _ATTRIBUTE = "__gpo_traits__"
@@ -18,8 +21,9 @@ class Traits(NamedTuple):
 
   Attributes:
     tokenwise: its value at a token depends on that token alone.
-    ours: a slot function of this package; arrays may be bound to the parameters in `arrays` only.
-    arrays: see `ours`.
+    ours: a slot function of this package, whose numbers are real and scalar.
+    ranges: of its numbers.
+    arrays: its parameters that take arrays, not scalars.
     how: how to use it in an objective, for a function that no slot can call as it is.
     needs_reference: a divergence that reads `ref_log_ratio`.
     of_response: a level that gives every token its response's ratio.
@@ -32,6 +36,7 @@ class Traits(NamedTuple):
 
   tokenwise: bool = False
   ours: bool = False
+  ranges: Mapping[str, Range] = {}
   arrays: tuple[str, ...] = ()
   how: str = ""
   needs_reference: bool = False
@@ -63,8 +68,22 @@ def declare(**traits: Any) -> Callable[[F], F]:
 
 
 def slot_function(**traits: Any) -> Callable[[F], F]:
-  """Decorates a slot function of this package."""
-  return declare(ours=True, **traits)
+  """Decorates a slot function of this package, whose numbers, by keyword, have ranges."""
+
+  def mark(function: Callable) -> Any:
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "level"]
+    ranges = ranges_of(function.__name__, numbers)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **numbers: Any) -> Any:
+      for name in ranges.keys() & numbers.keys():
+        check_range(name, numbers[name], ranges[name])
+      return function(*args, **numbers)
+
+    return declare(ours=True, ranges=ranges, **traits)(checked)
+
+  return mark
 
 
 def tokenwise(function: F) -> F:

@@ -59,7 +59,7 @@ class Advantage(Protocol):
   """A sample's reward relative to its group, which is the last axis."""
 
   def __call__(self, rewards: jax.Array, where: jax.Array | None, /) -> jax.Array:
-    """Returns the advantages, of where's shape; `where` marks the samples that count, if not all."""
+    """Returns the advantages, of rewards' shape; `where` marks the samples that count."""
     ...
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpo_jax._inputs import as_array, as_scalar, describe
+from gpo_jax._inputs import as_array, as_number_in_range, describe
 
 
 class Head(NamedTuple):
@@ -55,8 +55,8 @@ def as_head(hidden: Any, head: Any, of: str = "") -> tuple[jax.Array, Head]:
       raise ValueError(f"{of}bias must be [V]; got {list(bias.shape)} with {got}")
   dtype, softcap = accumulator(hidden.dtype, unembedding.dtype), given.softcap
   if softcap is not None:
-    softcap = _constant(jnp.asarray(as_scalar(f"{of}softcap", softcap), dtype))
-  temperature = jnp.asarray(as_scalar(f"{of}temperature", given.temperature), dtype)
+    softcap = _constant(as_number_in_range("softcap", softcap, dtype))
+  temperature = as_number_in_range("temperature", given.temperature, dtype)
   return hidden, Head(unembedding, bias, softcap, _constant(temperature))
 
 
