@@ -1,11 +1,13 @@
 """The documentation's settings: `make docs`."""
 
 import pathlib
+import re
 import shutil
 
 from sphinx.application import Sphinx
 
 import gpo_jax
+from gpo_jax._ranges import RANGES
 
 HERE = pathlib.Path(__file__).parent
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
@@ -46,6 +48,16 @@ def keep_equations(app: Sphinx, what: str, name: str, obj: object, options: obje
   lines[:] = result
 
 
+def show_ranges(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list):
+  """Adds the range of a number to its line among the arguments, from the table that checks it."""
+  for i, line in enumerate(lines):
+    match = re.match(r"    (\w+): ", line)
+    limits = match and (RANGES.get(f"{name.split('.')[-1]}.{match[1]}") or RANGES.get(match[1]))
+    if limits:
+      lines[i] = f"    {match[1]}: in {limits}; {line[match.end() :]}"
+
+
 def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
+  app.connect("autodoc-process-docstring", show_ranges, priority=0)
   app.connect("autodoc-process-docstring", keep_equations, priority=0)

@@ -1,7 +1,8 @@
-"""Generates what the pages list about the presets: `make readme`.
+"""Generates what the pages list from the code: `make readme`.
 
-Between `<!-- presets -->` and `<!-- /presets -->` goes the table of their slots, between
-`<!-- presets-reference -->` and `<!-- /presets-reference -->` the list that Sphinx reads.
+Between `<!-- presets -->` and `<!-- /presets -->` goes the table of the presets' slots, between
+`<!-- presets-reference -->` and `<!-- /presets-reference -->` the list that Sphinx reads, and
+between `<!-- ranges -->` and `<!-- /ranges -->` the ranges of all numbers.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import pathlib
 import re
 import sys
 
+from gpo_jax._ranges import RANGES
 from gpo_jax.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -52,12 +54,19 @@ def reference() -> str:
   return f"```{{eval-rst}}\n.. currentmodule:: gpo_jax\n\n{entries}\n```"
 
 
+def ranges() -> str:
+  """Makes the table of ranges."""
+  rows = [f"| `{name}` | {limits} | {limits.usual} |" for name, limits in RANGES.items()]
+  return "\n".join(["| number | range | usually |", "|---|---|---|", *rows])
+
+
 def main() -> None:
   """Writes the pages, or checks them only."""
   parser = argparse.ArgumentParser(description=main.__doc__)
   parser.add_argument("--check", action="store_true", help="exit with 1 if a page would change")
   check = parser.parse_args().check
-  blocks, found = {"presets": table(), "presets-reference": reference()}, set()
+  blocks = {"presets": table(), "presets-reference": reference(), "ranges": ranges()}
+  found = set()
   for page in PAGES:
     text = written = page.read_text(encoding="utf-8")
     for name, content in blocks.items():
@@ -66,7 +75,7 @@ def main() -> None:
         text = f"{text[: match.start()]}\n{content}\n\n{text[match.end() :]}"
         found.add(name)
     if text != written and check:
-      sys.exit(f"{page.relative_to(ROOT)} differs from the presets: run `make readme`")
+      sys.exit(f"{page.relative_to(ROOT)} differs from the code: run `make readme`")
     if text != written:
       page.write_text(text, encoding="utf-8")
   if found != set(blocks):

@@ -58,6 +58,15 @@ def with_slope(value: jax.Array, slope: jax.Array, x: jax.Array) -> jax.Array:
   return value + slope * (x - jax.lax.stop_gradient(x))
 
 
+def clip_ratio(ratio: jax.Array, advantages: jax.Array, limit: jax.Array) -> jax.Array:
+  """Clips ρ so that ρA is min(ρA, clip(ρ)A): at a limit from above if A > 0, from below else.
+
+  By strict comparison a tie keeps the unclipped gradient, which `jnp.minimum` halves.
+  """
+  clipped = jnp.where(advantages > 0, ratio > limit, ratio < limit) | jnp.isnan(limit)
+  return jnp.where(clipped, limit, ratio)
+
+
 # e^20 is 5e8: far outside every clip range, and small enough that its square is finite in float32.
 MAX_LOG_RATIO = 20.0
 

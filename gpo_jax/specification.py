@@ -28,8 +28,7 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from gpo_jax._inputs import as_array, as_scalar, check_same_shape, describe, promote
-from gpo_jax._numerics import exp_excess
-from gpo_jax.surrogates import clip_ratio
+from gpo_jax._numerics import clip_ratio, exp_excess
 
 P = ParamSpec("P")
 R = TypeVar("R")

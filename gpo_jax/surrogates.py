@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gpo_jax._numerics import sigmoid, with_slope
+from gpo_jax._numerics import clip_ratio, sigmoid, with_slope
 from gpo_jax.traits import slot_function
 
 
@@ -51,15 +51,6 @@ def clip(
   if max_ratio is not None:
     ratio = jnp.where((ratio > max_ratio) | jnp.isnan(max_ratio), max_ratio, ratio)
   return ratio * advantages
-
-
-def clip_ratio(ratio: jax.Array, advantages: jax.Array, limit: jax.Array) -> jax.Array:
-  """Clips ρ so that ρA is min(ρA, clip(ρ)A): at a limit from above if A > 0, from below else.
-
-  By strict comparison a tie keeps the unclipped gradient, which `jnp.minimum` halves.
-  """
-  clipped = jnp.where(advantages > 0, ratio > limit, ratio < limit) | jnp.isnan(limit)
-  return jnp.where(clipped, limit, ratio)
 
 
 @slot_function(tokenwise=True)
