@@ -86,8 +86,9 @@ def accumulate(
   size = functools.reduce(jnp.add, map(jnp.abs, jax.tree.leaves(slopes)))
   exponent = jnp.frexp(size)[1]
   slopes = jax.tree.map(lambda x: jnp.ldexp(x, -exponent), slopes)
-  # dW mixes tokens: there hidden states carry what a token's power of two is below the largest.
-  largest = jnp.max(exponent)
+  # dW mixes tokens: there hidden states carry the powers of two, in float16 relative to the largest.
+  # Scaling the product afterwards costs a pass over [V, H], so wider exponents do without.
+  largest = jnp.max(exponent) if dtype == jnp.float16 else jnp.zeros_like(exponent[0])
   share = jnp.ldexp(jnp.ones_like(size), exponent - largest)
   shared = share[:, None].astype(dtype) * hidden.astype(dtype)
   of_tokens, of_head = (jnp.ldexp(jnp.ones((), size.dtype), x) for x in (exponent, largest))
@@ -96,7 +97,8 @@ def accumulate(
     d_hidden, d_unembedding, d_bias = gradients
     own = is_token(tokens, start, size)
     slope = _logit_slope(rows_of(logits, start, size), own, seen, slopes, head)
-    narrowed = slope.astype(dtype)
+    # Computed once, not again as a part of each product, which a TPU's compiler would prefer.
+    narrowed = jax.lax.optimization_barrier(slope.astype(dtype))
     d_hidden += dot("vc,vh->ch", narrowed, rows_of(head.unembedding, start, size), narrow)
     tile = dot("vc,ch->vh", narrowed, shared, narrow)
     d_unembedding = _add_rows(d_unembedding, of_head * tile, start)

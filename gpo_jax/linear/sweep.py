@@ -19,7 +19,7 @@ from gpo_jax.linear.head import Head
 from gpo_jax.linear.mesh import Layout
 
 _CPU = (512, 1024)
-_CHIP = (4096, None)
+_CHIP = (2048, None)
 
 
 class Tiling(NamedTuple):
@@ -27,7 +27,7 @@ class Tiling(NamedTuple):
 
   Attributes:
     chunk_size: tokens at a time, per device: 4·chunk_size·V bytes of logits are held, and each
-      chunk reads and writes the unembedding's gradient, 4·V·H bytes. 512 on CPU, 4096 elsewhere.
+      chunk reads and writes the unembedding's gradient, 4·V·H bytes. 512 on CPU, 2048 elsewhere.
     tile_size: entries of the vocabulary at a time. 1024 on CPU, where a tile stays in the cache, V
       elsewhere.
   """
