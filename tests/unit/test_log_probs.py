@@ -133,7 +133,10 @@ def test_nothing_of_the_logits_size_is_made():
 ZEROS = np.zeros((1, 5), np.float32)
 WRONG = {
   "logits_without_an_axis": (lambda: gpo.token_log_probs(1.0, 0), "logits must be"),
-  "tokens_of_another_shape": (lambda: gpo.token_log_probs(ZEROS, [1, 1]), "tokens must have one id"),
+  "tokens_of_another_shape": (
+    lambda: gpo.token_log_probs(ZEROS, [1, 1]),
+    "tokens must have one id",
+  ),
   "tokens_of_floats": (lambda: gpo.token_log_probs(ZEROS, [1.0]), "tokens must be integers"),
   "support_of_another_shape": (
     lambda: gpo.token_log_probs(ZEROS, [1], support=np.ones(4)),

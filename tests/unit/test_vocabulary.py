@@ -8,7 +8,7 @@ import pytest
 import gpo_jax as gpo
 
 RNG = np.random.default_rng(0)
-P, Q = (np.log(RNG.dirichlet(np.ones(9), (2, 3, 4))))
+P, Q = np.log(RNG.dirichlet(np.ones(9), (2, 3, 4)))
 
 
 @pytest.mark.usefixtures("x64")

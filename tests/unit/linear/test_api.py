@@ -166,7 +166,9 @@ def test_microbatches_prompts_and_recomputation_add_up():
 
   def of_prompt(cut, unembedding, recompute=False):
     loss = lambda h, w: from_hidden(PRESETS["grpo"], h, w, BIAS, *cut[1:])[0]
-    return jax.grad(jax.checkpoint(loss) if recompute else loss, argnums=(0, 1))(cut[0], unembedding)
+    return jax.grad(jax.checkpoint(loss) if recompute else loss, argnums=(0, 1))(
+      cut[0], unembedding
+    )
 
   @linear.jit
   def every_way(cuts, unembedding):
@@ -320,7 +322,10 @@ WRONG = {
     r"mask must have the shape of tokens; got tokens \[8, 4, 6\], mask \[8, 4, 5\]",
   ),
   "mask_of_other_numbers": (lambda: log_probs(mask=MASK * -1e9), "mask must hold bools or 0 and 1"),
-  "a_preset_that_was_not_called": (lambda: loss(gpo.grpo), r"call the preset, such as gpo.grpo\(\)"),
+  "a_preset_that_was_not_called": (
+    lambda: loss(gpo.grpo),
+    r"call the preset, such as gpo.grpo\(\)",
+  ),
   "rollout_of_another_shape": (lambda: loss(rollout=OTHER), "mask must have the shape of tokens"),
   "rollout_without_reference": (
     lambda: loss(rollout=near("grpo").replace(ref_log_probs=None)),
@@ -332,7 +337,10 @@ WRONG = {
     r"make logits of one shape; got \[8, 4, 6, 56\] and \[8, 4, 6, 55\]",
   ),
   "two_lengths": (lambda: divergence(ref_hidden=HIDDEN[..., 1:, :]), "make logits of one shape"),
-  "reference_kernel": (lambda: divergence(ref_head=UNEMBEDDING.T), "ref_head .* transpose a kernel"),
+  "reference_kernel": (
+    lambda: divergence(ref_head=UNEMBEDDING.T),
+    "ref_head .* transpose a kernel",
+  ),
   "mask_of_a_divergence": (lambda: divergence(mask=MASK[..., 1:]), "mask must have the shape of"),
 }
 

@@ -96,7 +96,10 @@ WRONG = {
   "hidden_of_text": (lambda: head_of(hidden=[["a"]]), "hidden must hold real numbers; got text"),
   "bias_of_another_shape": (lambda: head_of(bias=BIAS[1:]), r"bias must be \[V\]; got \[55\]"),
   "softcap_per_token": (lambda: head_of(softcap=[1.0, 2.0]), "softcap must be a scalar"),
-  "temperature_none": (lambda: head_of(temperature=None), "temperature must hold a number; got None"),
+  "temperature_none": (
+    lambda: head_of(temperature=None),
+    "temperature must hold a number; got None",
+  ),
   "temperature_of_text": (lambda: head_of(temperature="0.7"), "temperature must hold a number"),
 }
 
