@@ -80,13 +80,13 @@ def _forward(tiling, layout, structure, hidden, head, tokens, numbers, rollout):
   advantages = jnp.broadcast_to(rollout.advantages, rollout.mask.shape)
   per_token = rollout.replace(advantages=advantages, segment_ids=None)
 
-  def slopes(log_probs: jax.Array, rollout: Rollout) -> Slopes:
+  def slopes(numbers: tuple, log_probs: jax.Array, rollout: Rollout) -> Slopes:
     log_probs = log_probs.astype(rollout.weights.dtype)
     of = lambda x: evaluate(join(structure, numbers), x, rollout)[0]  # noqa: E731
     return Slopes(jax.grad(of)(log_probs), None)
 
   outputs, gradients = on_devices(
-    tiling, layout, hidden, head, tokens, rollout.mask, slopes, per_token
+    tiling, layout, hidden, head, tokens, rollout.mask, slopes, per_token, numbers
   )
   loss_and_terms, d_numbers = jax.value_and_grad(
     lambda numbers: _evaluate(join(structure, numbers), outputs, rollout),
