@@ -2,8 +2,9 @@
 
 MEGABYTE = 1e6
 MEMORY = (
-  "Temporary is what XLA holds beside inputs and outputs; outputs are the loss and its gradients. "
-  "Peak RSS is of a process that runs this contestant once, interpreter and inputs included."
+  "Temporary is what XLA allocates besides inputs and outputs; outputs are the loss and its "
+  "gradients. Peak RSS is that of a process that runs this contestant once, with interpreter and "
+  "inputs."
 )
 
 
@@ -40,8 +41,8 @@ def measured(result: dict) -> str:
   header = ["contestant", "median", *units, "compile s", *columns.values()]
   least = min(row["rounds"] for row in rows)
   parts = [
-    f"## {result['title']}",
-    f"{size}, float32; {least} rounds.",
+    f"## {result['title']}: {size}",
+    f"float32; {least} rounds.",
     table(header, [_line(row, list(columns)) for row in rows]),
     MEMORY if "peak_bytes" in columns else "",
     "\n".join(f"Not run: {name} ({why})" for name, why in result["skipped"].items()),

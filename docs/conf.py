@@ -14,6 +14,7 @@ shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=Tru
 
 project = "gpo_jax"
 author = "The gpo_jax authors"
+copyright = f"2026, {author}"
 release = version = gpo_jax.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
@@ -28,6 +29,7 @@ autodoc_typehints = "none"  # docstrings give shapes and ranges
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are committed with their outputs
+nb_render_markdown_format = "myst"  # in outputs too: tables, formulas
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
 html_theme = "furo"
