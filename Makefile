@@ -50,7 +50,7 @@ $(VENV)/.clients: $(VENV)/.complete
 setup: $(VENV)/.complete  ## Make the virtual environment
 
 demo: setup  ## A small policy learns to add, in about 3 minutes
-	$(BIN)/python -m gpo_jax.demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 test: setup  ## Run the tests, the doctests and the README
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)

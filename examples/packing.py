@@ -8,11 +8,11 @@ ratios that do (`segment_ids`), and advantages per group (`group_ids`).
 import jax
 import jax.numpy as jnp
 import numpy as np
+from demo import task
+from demo.policy import Policy, answer_log_probs, pick, sample
 from flax import nnx
 
 import gpo_jax as gpo
-from gpo_jax.demo import task
-from gpo_jax.demo.policy import Policy, answer_log_probs, pick, sample
 
 
 def pack(sequences: list[np.ndarray], length: int) -> list[list[int]]:

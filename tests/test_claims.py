@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
 from gpo_jax import _linear, advantages, corrections, divergences, levels, log_probs, weightings
-from gpo_jax.demo.config import Config
+from examples.demo.config import Config
 from tests import test_divergences as enumeration
 from tests.batches import PRESETS, batch, relative_error, value_and_grad
 from tests.test_log_probs import temporaries

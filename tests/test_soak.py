@@ -311,10 +311,10 @@ def train_on_stale_samples(steps):
   import optax
   from flax import nnx
 
-  import gpo_jax.demo.run as experiment
-  from gpo_jax.demo import task, train
-  from gpo_jax.demo.config import Config
-  from gpo_jax.demo.policy import Policy
+  import examples.demo.run as experiment
+  from examples.demo import task, train
+  from examples.demo.config import Config
+  from examples.demo.policy import Policy
 
   config = Config(steps=steps, seed=SEED, warm_start_until=0.2)
   keys = jax.random.split(jax.random.key(config.seed), 4)

@@ -4,10 +4,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from gpo_jax.demo import task
-from gpo_jax.demo.config import SUPERVISED, Config
-from gpo_jax.demo.picture import draw
-from gpo_jax.demo.run import Arm, Record
+from . import task
+from .config import SUPERVISED, Config
+from .picture import draw
+from .run import Arm, Record
 
 TERMS = "All start from one warm-started policy and make as many updates, on as many answers.\n"
 SHOWN = "The supervised arm is shown the right answers; the other hears which of its own are right."

@@ -12,10 +12,10 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from gpo_jax.demo import objectives, task, train
-from gpo_jax.demo.config import SUPERVISED, Config
-from gpo_jax.demo.evaluate import Metrics, evaluate
-from gpo_jax.demo.policy import Policy
+from . import objectives, task, train
+from .config import SUPERVISED, Config
+from .evaluate import Metrics, evaluate
+from .policy import Policy
 
 WARM_START = "warm start"
 Row = dict[str, float]
@@ -100,16 +100,16 @@ def run(record: Record) -> None:
     if name == SUPERVISED:
       step, start = train.supervised_step(config.prompts * config.samples, adam, problems), warm
     else:
-      step, start = reinforcement(name, config, warm.policy, problems)
+      step, start = rl_arm(name, config, warm.policy, problems)
     train_arm(record.begin(name), step, start, keys[3], config, measure)
 
 
-def reinforcement(
+def rl_arm(
   name: str, config: Config, policy: Policy, problems: jax.Array
 ) -> tuple[train.Step, train.State]:
   """Gives the update by an objective and the state before the first one, a policy its reference."""
-  optimizer = train.reinforcement_optimizer(config)
-  step = train.reinforcement_step(config, objectives.build(name), optimizer, policy, problems)
+  optimizer = train.rl_optimizer(config)
+  step = train.rl_step(config, objectives.build(name), optimizer, policy, problems)
   return step, train.start(policy, optimizer)
 
 

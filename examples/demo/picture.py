@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from gpo_jax.demo.run import Arm, Record
+from .run import Arm, Record
 
 # Okabe and Ito's colours are told apart by colour-blind readers; the dashes and markers in print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -23,7 +23,7 @@ def draw(record: Record, path: Path, note: str) -> None:
   panels = figure.subplots(2, 2)
   panels[0, 1].sharey(panels[0, 0])
   _plot(panels[0, 0], record, "sampled", "Held-out sums, answers sampled", "right (%)", 100)
-  _plot(panels[0, 1], record, "greedy", "Held-out sums, likeliest answers", "right (%)", 100)
+  _plot(panels[0, 1], record, "greedy", "Held-out sums, greedy answers", "right (%)", 100)
   _plot(
     panels[1, 0], record, "divergence", "Divergence from the warm start", "KL per answer (nats)"
   )

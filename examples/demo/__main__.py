@@ -1,4 +1,4 @@
-"""The command line: `python -m gpo_jax.demo --help` says what it takes."""
+"""The command line: `python -m examples.demo --help` says what it takes."""
 
 import argparse
 import dataclasses
@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpo_jax.demo.config import SUPERVISED, Config
-from gpo_jax.demo.objectives import PRESETS
+from .config import SUPERVISED, Config
+from .objectives import PRESETS
 
 EXTRAS = ("flax", "matplotlib", "tqdm")
 NOT_IMPROVED, USAGE, INTERRUPTED = 1, 2, 130
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None, base: Config | None = None) -> 
   """
   options = vars(parser().parse_args(arguments))
   require_extras()
-  from gpo_jax.demo import report, run
+  from . import report, run
 
   out = options.pop("out")
   out.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, base: Config | None = None) -> 
 def parser() -> argparse.ArgumentParser:
   """Makes the parser of the command line."""
   parser = argparse.ArgumentParser(
-    prog="python -m gpo_jax.demo",
+    prog="python -m examples.demo",
     description="Train a small transformer to add two-digit numbers by group policy optimization, "
     "beside a supervised arm with as many updates, or compare objectives. Takes about 3 minutes on "
     "2 CPU cores, a comparison 1 to 2 minutes per objective; Ctrl-C keeps what was recorded.",

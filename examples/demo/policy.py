@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpo_jax.demo import task
+from . import task
 
 
 class Block(nnx.Module):

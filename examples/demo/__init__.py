@@ -1,4 +1,4 @@
-"""A demonstration: `python -m gpo_jax.demo` trains a small transformer to add, in minutes.
+"""A demonstration: `python -m examples.demo` trains a small transformer to add, in minutes.
 
 `config` holds the recipe, `task` the sums and their reward, `policy` the transformer, `objectives`
 the losses by name, `train` the updates, `evaluate` the measurement, `run` the experiment, `report`

@@ -1,4 +1,4 @@
-"""Training: an update by reinforcement and a supervised one."""
+"""Training: an RL update and a supervised one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from gpo_jax import Objective, Terms, summarize
-from gpo_jax.demo import task
-from gpo_jax.demo.config import Config
-from gpo_jax.demo.evaluate import Metrics
-from gpo_jax.demo.policy import Policy, answer_log_probs, sample
+
+from . import task
+from .config import Config
+from .evaluate import Metrics
+from .policy import Policy, answer_log_probs, sample
 
 
 class State(NamedTuple):
@@ -47,7 +48,7 @@ def update(optimizer: optax.GradientTransformation, state: State, gradients: Tre
   return State(new, old, optimizer_state)
 
 
-def reinforcement_optimizer(config: Config) -> optax.GradientTransformation:
+def rl_optimizer(config: Config) -> optax.GradientTransformation:
   """Makes Adam with clipped gradients and a learning rate that rises from 0, then falls slowly."""
   peak, warmup = config.learning_rate, min(config.warmup_steps, config.steps)
   total = max(config.steps, warmup + 1)
@@ -55,7 +56,7 @@ def reinforcement_optimizer(config: Config) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(rate))
 
 
-def reinforcement_step(
+def rl_step(
   config: Config,
   objective: Objective,
   optimizer: optax.GradientTransformation,

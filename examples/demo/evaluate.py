@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from gpo_jax.demo import task
-from gpo_jax.demo.policy import Policy, answer_distributions, pick, sample
+from . import task
+from .policy import Policy, answer_distributions, pick, sample
 
 Metrics = dict[str, jax.Array]
 
@@ -24,18 +24,18 @@ def evaluate(
   Returns:
     The metrics, and sampled answers, shape [N, T]. `sampled` is the probability that an answer
     sampled at temperature 1 is right, which is the likelihood of the right answer; `greedy` the
-    fraction of problems where each token of the right answer is the likeliest; `divergence` an
+    fraction of problems where each token of the right answer is the most likely; `divergence` an
     estimate of KL(policy‖reference) per answer, in nats.
   """
   prompts, right = task.pose(problems)
   mask = task.answer_mask(right)
   distributions = answer_distributions(policy, prompts, right)
   log_likelihoods = jnp.sum(pick(distributions, right), axis=-1, where=mask)
-  likeliest = (jnp.argmax(distributions, axis=-1) == right) | ~mask
+  greedy = (jnp.argmax(distributions, axis=-1) == right) | ~mask
   answers, _ = sample(policy, prompts, key)
   metrics = {
     "sampled": jnp.mean(jnp.exp(log_likelihoods)),
-    "greedy": jnp.mean(jnp.all(likeliest, axis=-1)),
+    "greedy": jnp.mean(jnp.all(greedy, axis=-1)),
     "divergence": jnp.mean(_divergence(policy, reference, prompts, answers)),
   }
   return metrics, answers

@@ -19,14 +19,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 # ruff: noqa: E402
+import examples.demo.run as experiment
 import gpo_jax as gpo
-import gpo_jax.demo.run as experiment
-from gpo_jax.demo import __main__ as command
-from gpo_jax.demo import objectives, picture, report, task, train
-from gpo_jax.demo.config import SUPERVISED, Config
-from gpo_jax.demo.evaluate import evaluate
-from gpo_jax.demo.policy import Policy, answer_log_probs, sample
-from gpo_jax.demo.run import WARM_START, Arm, Record
+from examples.demo import __main__ as command
+from examples.demo import objectives, picture, report, task, train
+from examples.demo.config import SUPERVISED, Config
+from examples.demo.evaluate import evaluate
+from examples.demo.policy import Policy, answer_log_probs, sample
+from examples.demo.run import WARM_START, Arm, Record
 
 TINY = Config(prompts=4, samples=4, warm_start_until=0.0, warm_start_batch=8, evaluate_every=2)
 SmallPolicy = functools.partial(Policy, width=16, heads=2)
@@ -65,13 +65,13 @@ def untrained(monkeypatch):
       answers = task.ANSWERS[: task.HELD_OUT]
       return {"sampled": policy, "greedy": 0.5, "divergence": 0.0}, answers
 
-    def reinforcement(name, config, policy, problems):
+    def rl_arm(name, config, policy, problems):
       start, end = (train.State(p, None, None) for p in (policy, accuracies.get(name, policy)))
       return lambda state, key: (end, metrics), start
 
     monkeypatch.setattr(experiment, "Policy", lambda rngs: jnp.float32(0.5))
     monkeypatch.setattr(experiment, "evaluate", evaluate)
-    monkeypatch.setattr(experiment, "reinforcement", reinforcement)
+    monkeypatch.setattr(experiment, "rl_arm", rl_arm)
     monkeypatch.setattr(train, "supervised_step", lambda *args: lambda state, key: (state, metrics))
 
   return replace
@@ -184,7 +184,7 @@ def test_an_update_asks_the_reference_where_there_is_a_divergence(name, policy, 
 
   monkeypatch.setattr(train, "answer_log_probs", counted)
   optimizer = optax.sgd(1.0)
-  step = train.reinforcement_step(TINY, objectives.build(name), optimizer, policy, PROBLEMS)
+  step = train.rl_step(TINY, objectives.build(name), optimizer, policy, PROBLEMS)
   _, metrics = jax.eval_shape(step, train.start(policy, optimizer), jax.random.key(0))
   assert len(asked) == 1 + divergence
   assert {"reward", "clip_fraction", "ratio_max"} <= metrics.keys()
@@ -356,7 +356,7 @@ def test_bad_flags_are_refused(arguments, message, capsys):
 
 
 def test_help():
-  script = [sys.executable, "-m", "gpo_jax.demo", "--help"]
+  script = [sys.executable, "-m", "examples.demo", "--help"]
   done = subprocess.run(script, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   for word in ("--steps", "--seed", "--out", "--objective", "--compare", *objectives.PRESETS):

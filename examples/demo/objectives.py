@@ -1,11 +1,11 @@
-"""The objectives to train with: every preset of `gpo_jax.presets`, by name."""
+"""The objectives to train with: every preset, by name."""
 
 import inspect
 
-from gpo_jax import Objective, presets
-from gpo_jax.demo import task
+from gpo_jax import Objective
+from gpo_jax.presets import PRESETS
 
-PRESETS = {name: getattr(presets, name) for name in presets.__all__}
+from . import task
 
 
 def build(name: str) -> Objective:

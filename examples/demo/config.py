@@ -14,11 +14,11 @@ class Config:
       same warm start.
     steps: updates of each arm after the warm start.
     seed: of every random choice.
-    prompts: problems per update of reinforcement.
+    prompts: problems per RL update.
     samples: answers sampled to each of them, the size of a group.
-    learning_rate: of reinforcement, at its highest.
+    learning_rate: of RL, at its highest.
     warmup_steps: updates over which that rate rises from 0; it halves by the end.
-    max_gradient_norm: of reinforcement; longer gradients are shortened to it.
+    max_gradient_norm: of RL; longer gradients are scaled down to it.
     supervised_rate: learning rate of the warm start and of the supervised arm.
     warm_start_batch: answers per update of the warm start.
     warm_start_until: probability of a right answer at which the warm start ends.
