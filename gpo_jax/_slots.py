@@ -94,7 +94,8 @@ def _floats(function: Partial) -> Partial:
       return value
     if key not in traits.arrays:
       check_scalar(key, value)
-    check_range(key, value, traits.ranges.get(key))
+    if key in traits.ranges:
+      check_range(key, value, traits.ranges[key])
     return as_array(key, value).astype(jax.dtypes.canonicalize_dtype(float))
 
   keywords = {key: convert(key, value) for key, value in function.keywords.items()}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax._numerics import MAX_LOG_RATIO, bound, exp_excess
-from gpo_jax._padding import clean
+from gpo_jax._padding import clean, validate
 from gpo_jax.types import Rollout, Terms
 
 
@@ -51,11 +51,11 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
       f"terms must be Terms; got {type(terms).__name__}: call loss, terms = objective(log_probs, "
       "rollout), then summarize(terms, rollout)"
     )
-  if jnp.shape(terms.loss) != jnp.shape(rollout.mask):
+  shape, expected = jnp.shape(terms.loss), validate(rollout).mask.shape
+  if shape != expected:
     raise ValueError(
-      "terms must have the shape of rollout.mask; got terms "
-      f"{list(jnp.shape(terms.loss))}, mask {list(jnp.shape(rollout.mask))}: concatenate the terms "
-      "of microbatches (in optax AccumulationType.CONCAT), do not sum them"
+      f"terms must have the shape of rollout.mask, {list(expected)}; got {list(shape)}: concatenate "
+      "the terms of microbatches (AccumulationType.CONCAT in optax), do not sum them"
     )
   _, rollout = clean(terms.loss, rollout, name="terms")
   mask, weights, advantages = rollout.mask, rollout.weights, rollout.advantages

@@ -11,7 +11,7 @@ import pytest
 
 import gpo_jax as gpo
 from gpo_jax import Rollout, advantages, corrections, divergences, levels, surrogates, weightings
-from tests.batches import NEEDED
+from tests.support.batches import NEEDED
 
 
 @pytest.fixture(autouse=True)

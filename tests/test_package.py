@@ -11,8 +11,8 @@ import zipfile
 import pytest
 
 import gpo_jax
-from tests.batches import PRESETS
-from tests.blocks import blocks_of, printed_and_written
+from tests.support.batches import PRESETS
+from tests.support.blocks import blocks_of, printed_and_written
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -34,7 +34,14 @@ OBJECTIVES = {
   "own": gpo.dapo().replace(surrogate=by_the_batch),
 }
 FUNCTIONS = ("log_probs", "entropy", "divergence", *OBJECTIVES)
-WRT = {"hidden": (0,), "unembedding": (1,), "bias": (2,), "both": (0, 1), "all": (0, 1, 2), "tied": (1,)}
+WRT = {
+  "hidden": (0,),
+  "unembedding": (1,),
+  "bias": (2,),
+  "both": (0, 1),
+  "all": (0, 1, 2),
+  "tied": (1,),
+}
 TRANSFORMS = (
   "grad", "jit", "value_and_grad", "checkpoint", "scan", "scan_of_grads", "cond", "vmap",
   "shard_map", "donated",
@@ -74,9 +81,7 @@ class Data:
       return gpo.linear_loss(OBJECTIVES[function], hidden, head, tokens, rollout)[0]
     if function == "divergence":
       reference = jax.lax.stop_gradient((hidden[..., ::-1], head.unembedding))
-      return jnp.sum(
-        slopes[0] * gpo.linear_divergence(gpo.vocabulary.kl, hidden, head, *reference)
-      )
+      return jnp.sum(slopes[0] * gpo.linear_divergence(gpo.vocabulary.kl, hidden, head, *reference))
     outputs = gpo.linear_token_log_probs(hidden, head, tokens)
     return self.total(function, outputs, slopes)
 
@@ -163,8 +168,10 @@ def step(shape, function, wrt, transform, frozen):
     grad, loss_of = differentiated, split
   loss_of = split if transform == "shard_map" else lambda moving, rest: loss(moving, rest)
   if frozen:
-    gradient = grad(lambda moving: loss_of(moving, rest)) if transform != "shard_map" else (
-      lambda moving: grad(loss_of)(moving, rest)
+    gradient = (
+      grad(lambda moving: loss_of(moving, rest))
+      if transform != "shard_map"
+      else (lambda moving: grad(loss_of)(moving, rest))
     )
     found = (gradient if transform == "grad" else jit(gradient))(moving)
   else:

@@ -1,0 +1,60 @@
+"""What arguments may be: arrays, numbers and lists; everything else is one clear error."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gpo_jax as gpo
+
+MASK = np.ones((1, 2, 3), bool)
+REWARDS = np.array([[1.0, 0.0]], np.float32)
+
+
+def test_a_missing_reward_is_named_with_its_remedy():
+  with pytest.raises(ValueError, match=r"rewards .*None.*use NaN and mask that response out"):
+    gpo.grpo().prepare([[1.0, None]], MASK)
+
+
+@pytest.mark.parametrize(
+  ("rewards", "message"),
+  [
+    (np.ma.masked_array(REWARDS), "rewards must not be a masked array"),
+    (REWARDS.astype(np.longdouble), "rewards must be a rectangular array"),
+    (REWARDS.astype(">f4"), "JAX has no dtype >f4"),
+    ([[1.0], [1.0, 2.0]], "rewards must be a rectangular array of real numbers"),
+    ([["a", "b"]], "rewards must hold real numbers; got text"),
+    (REWARDS.astype(complex), "rewards must hold real numbers; got dtype complex128"),
+  ],
+)
+def test_what_is_not_an_array_of_real_numbers(rewards, message):
+  with pytest.raises(ValueError, match=message):
+    gpo.grpo().prepare(rewards, MASK)
+
+
+def test_a_list_of_traced_values_says_what_it_is():
+  step = jax.jit(lambda r: gpo.grpo().prepare([[r, 0.0]], MASK).advantages)
+  with pytest.raises(ValueError, match="rewards must be a rectangular array of real numbers"):
+    step(1.0)
+
+
+@pytest.mark.parametrize(
+  ("mask", "value"),
+  [
+    (np.where(MASK, 1, -1) - 2 * np.eye(3, dtype=int)[:2][None], "-1"),
+    (np.full(MASK.shape, 0.5), "0.5"),
+    (np.where(np.arange(3) < 2, 0.0, -1e9) + np.zeros(MASK.shape), "-1e"),
+    (jnp.full(MASK.shape, 2), "2"),
+    (np.full(MASK.shape, np.nan), "nan"),
+  ],
+)
+def test_a_mask_is_bools_or_0_and_1(mask, value):
+  with pytest.raises(ValueError, match=rf"mask must hold bools or 0 and 1; got {value}"):
+    gpo.grpo().prepare(REWARDS, mask)
+  with pytest.raises(ValueError, match="mask must hold bools or 0 and 1"):
+    gpo.weightings.token_mean(mask)
+
+
+def test_a_traced_mask_is_taken_as_it_is():
+  weights = jax.jit(gpo.weightings.token_sum)(jnp.array([[0.5, 0.0, -1.0]]))
+  np.testing.assert_array_equal(weights, [[1, 0, 1]])

@@ -1,0 +1,107 @@
+"""Traits belong to a function object: no copy, wrapper or forged name inherits them."""
+
+import ast
+import copy
+import functools
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.tree_util import Partial
+
+import gpo_jax as gpo
+from gpo_jax import levels, surrogates
+from gpo_jax.traits import traits_of
+
+PACKAGE = pathlib.Path(gpo.__file__).parent
+
+
+def wrapper():
+  return functools.wraps(surrogates.clip)(
+    lambda *args, **numbers: surrogates.clip(*args, **numbers)
+  )
+
+
+def forged():
+  def clip(log_ratio, advantages):
+    return log_ratio * advantages
+
+  clip.__module__, clip.__qualname__ = surrogates.clip.__module__, surrogates.clip.__qualname__
+  return clip
+
+
+def duplicate():
+  f = surrogates.clip
+  other = types.FunctionType(f.__code__, f.__globals__, f.__name__, f.__defaults__, f.__closure__)
+  other.__dict__.update(f.__dict__)
+  return other
+
+
+class Callable:
+  """Stands for a function, with its attributes."""
+
+  def __init__(self):
+    self.__dict__.update(surrogates.clip.__dict__)
+
+  def __call__(self, log_ratio, advantages):
+    return log_ratio * advantages
+
+
+OTHERS = {
+  "wraps": wrapper,
+  "forged": forged,
+  "duplicate": duplicate,
+  "lambda": lambda: lambda log_ratio, advantages: log_ratio,
+  "callable": Callable,
+  "copied callable": lambda: copy.copy(gpo.tokenwise(Callable())),
+  "jitted": lambda: jax.jit(surrogates.reinforce),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_what_was_not_declared_is_unknown(make):
+  assert not traits_of(make()).tokenwise
+  assert not traits_of(make()).ours
+
+
+@pytest.mark.parametrize("kind", [functools.partial, Partial])
+def test_a_partial_keeps_what_was_declared(kind):
+  assert traits_of(kind(surrogates.clip, epsilon_low=0.1)).tokenwise
+  assert traits_of(kind(kind(surrogates.clip, epsilon_low=0.1), epsilon_high=0.2)).tokenwise
+  assert not traits_of(kind(levels.sequence)).tokenwise
+  assert traits_of(kind(levels.sequence)).of_response
+
+
+def test_tokenwise_returns_the_function_it_is_given():
+  def surrogate(log_ratio, advantages):
+    return log_ratio * advantages
+
+  assert gpo.tokenwise(surrogate) is surrogate
+  assert traits_of(surrogate).tokenwise
+  assert not traits_of(surrogate).ours
+  assert surrogate(2.0, 3.0) == 6.0
+
+
+@pytest.mark.parametrize("thing", [jnp.ones, 3, "clip", functools.partial(surrogates.clip), min])
+def test_what_cannot_carry_a_declaration_is_refused(thing):
+  if thing is jnp.ones:
+    pytest.skip("a plain function of another package can")
+  with pytest.raises(ValueError, match="function"):
+    gpo.tokenwise(thing)
+
+
+def test_no_decision_rests_on_a_name_or_a_module():
+  """Names are for messages: in `describe`, in errors, and to key the tables at definition."""
+  allowed = {"__name__": {"_slots.py", "traits.py", "presets.py", "objective.py", "metrics.py"}}
+  allowed["__name__"] |= {"_inputs.py", "_padding.py"}
+  for path in PACKAGE.rglob("*.py"):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Attribute) and node.attr in ("__module__", "__qualname__"):
+        pytest.fail(f"{path.name} reads {node.attr}")
+      if isinstance(node, ast.Attribute) and node.attr == "__name__":
+        assert path.name in allowed["__name__"], path.name
+      if isinstance(node, ast.Compare):
+        names = [x for x in ast.walk(node) if isinstance(x, ast.Attribute) and x.attr == "__name__"]
+        assert not names, f"{path.name} compares a name"
