@@ -29,14 +29,13 @@ def _convert(name: str, value: Any, what: str) -> Array:
     raise ValueError(f"{name} must not be a masked array: pass its data, and its mask as a mask")
   try:
     array = np.asarray(value)
-    known = array.dtype.kind == "O" or jax.dtypes.canonicalize_dtype(array.dtype) is not None
-    if known and array.dtype.isnative:
-      return array
-    raise ValueError(f"JAX has no dtype {array.dtype.str}")
-  except (TypeError, ValueError) as error:  # ragged lists, lists of traced values, long doubles
+  except (TypeError, ValueError) as error:  # ragged lists, lists of traced values
     raise ValueError(
       f"{name} must be a rectangular array of {what}; got {value!r:.60}: {error}"
     ) from error
+  if not array.dtype.isnative or (array.dtype.kind == "f" and array.dtype.itemsize > 8):
+    raise ValueError(f"{name} must hold {what} of a dtype that JAX has; got {array.dtype.str}")
+  return array
 
 
 def _show(value: Any, dtype: Any) -> str:

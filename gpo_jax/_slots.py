@@ -60,6 +60,11 @@ def as_data(name: str, value: Any) -> Any:
   if value is None:
     return None
   if isinstance(value, functools.partial):
+    # A Partial hides another one inside; a functools.partial merges with it.
+    while isinstance(inner := getattr(value.func, "fun", None), functools.partial):
+      value = functools.partial(
+        functools.partial(inner.func, *inner.args, **inner.keywords), *value.args, **value.keywords
+      )
     _check_none(value)
     args = [as_data(name, arg) for arg in value.args]
     keywords = {key: as_data(key, bound) for key, bound in value.keywords.items()}

@@ -51,7 +51,7 @@ class Traits(NamedTuple):
 def traits_of(function: Any) -> Traits:
   """Looks up what was declared for a function, or for the one inside a partial."""
   while isinstance(function, functools.partial):
-    function = function.func
+    function = getattr(function.func, "fun", function.func)  # what a Partial wraps a partial in
   # The owner is part of the mark: a wrapper that copied the attribute does not own it.
   owner, traits = getattr(function, _ATTRIBUTE, (None, Traits()))
   return traits if owner is function else Traits()

@@ -14,8 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
-from gpo_jax import _linear, advantages, corrections, divergences, levels, log_probs, weightings
 from examples.demo.config import Config
+from gpo_jax import _linear, advantages, corrections, divergences, levels, log_probs, weightings
 from tests import test_divergences as enumeration
 from tests.batches import PRESETS, batch, relative_error, value_and_grad
 from tests.test_log_probs import temporaries

@@ -86,7 +86,7 @@ def accumulate(
   size = functools.reduce(jnp.add, map(jnp.abs, jax.tree.leaves(slopes)))
   exponent = jnp.frexp(size)[1]
   slopes = jax.tree.map(lambda x: jnp.ldexp(x, -exponent), slopes)
-  # dW mixes tokens: there hidden states carry the powers of two, in float16 relative to the largest.
+  # dW mixes tokens: hidden states carry the powers of two, in float16 relative to the largest.
   # Scaling the product afterwards costs a pass over [V, H], so wider exponents do without.
   largest = jnp.max(exponent) if dtype == jnp.float16 else jnp.zeros_like(exponent[0])
   share = jnp.ldexp(jnp.ones_like(size), exponent - largest)

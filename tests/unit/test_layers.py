@@ -38,7 +38,10 @@ def imports(path: pathlib.Path) -> set[str]:
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gpo_jax"):
       below = node.module.removeprefix("gpo_jax").removeprefix(".")
-      found |= {below} if below else {alias.name for alias in node.names}
+      names = {alias.name for alias in node.names}
+      found |= (
+        {below} if below not in ("", "linear") else {f"{below}.{x}".strip(".") for x in names}
+      )
   return found
 
 

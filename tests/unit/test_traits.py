@@ -13,6 +13,7 @@ from jax.tree_util import Partial
 
 import gpo_jax as gpo
 from gpo_jax import levels, surrogates
+from gpo_jax.linear import one_pass
 from gpo_jax.traits import traits_of
 
 PACKAGE = pathlib.Path(gpo.__file__).parent
@@ -105,3 +106,17 @@ def test_no_decision_rests_on_a_name_or_a_module():
       if isinstance(node, ast.Compare):
         names = [x for x in ast.walk(node) if isinstance(x, ast.Attribute) and x.attr == "__name__"]
         assert not names, f"{path.name} compares a name"
+
+
+def test_numbers_and_arrays_of_a_partial_in_a_partial_are_seen():
+  inner = Partial(surrogates.clip, epsilon_low=0.1)
+  objective = gpo.dapo().replace(surrogate=Partial(inner, epsilon_high=0.2))
+  assert objective.surrogate.keywords == {"epsilon_low": 0.1, "epsilon_high": 0.2}
+  assert one_pass.is_enough(objective)
+
+  @gpo.tokenwise
+  def table(log_ratio, advantages, *, scale, shift=0.0):
+    return log_ratio * advantages * scale + shift
+
+  hidden = Partial(Partial(table, scale=jnp.ones(3)), shift=1.0)
+  assert not one_pass.is_enough(gpo.dapo().replace(surrogate=hidden))
