@@ -199,9 +199,11 @@ def test_in_float64_too(name):
     assert {x.dtype for x in jax.tree.leaves((loss, gradients))} == {jnp.dtype("float64")}
 
 
-# --- what is said to whom --------------------------------------------------------------------------
+# --- what is said to whom ------------------------------------------------------------------------
 
-COLLECTIVE = re.compile(r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+)\(")
+COLLECTIVE = re.compile(
+  r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+)\("
+)
 
 
 def collectives(text):
@@ -215,7 +217,9 @@ def collectives(text):
         sizes = re.findall(r"\w+\[([\d,]*)\]", types)
         found.append((kind, sum(int(np.prod([int(n) for n in s.split(",") if n])) for s in sizes)))
       computations[name[1]] = found
-      called = re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%([\w.\-]+)", block)
+      called = re.findall(
+        r"(?:calls|to_apply|body|condition|branch_computations)=\{?%([\w.\-]+)", block
+      )
       calls[name[1]] = called
   loops = set(re.findall(r"(?:body|condition)=%([\w.\-]+)", text))
   while True:  # and what they call
@@ -223,7 +227,9 @@ def collectives(text):
     if more == loops:
       break
     loops = more
-  return [(kind, size, name in loops) for name, found in computations.items() for kind, size in found]
+  return [
+    (kind, size, name in loops) for name, found in computations.items() for kind, size in found
+  ]
 
 
 @pytest.mark.parametrize("name", ["fsdp_over_hidden", "data_and_vocabulary", "fsdp_and_vocabulary"])
@@ -252,7 +258,7 @@ def test_devices_tell_each_other_a_few_numbers_per_token_in_the_loop_and_the_une
   assert [kind for kind, *_ in found].count("all-gather") == ("fsdp" in name), found
 
 
-# --- wrong input -----------------------------------------------------------------------------------
+# --- wrong input ---------------------------------------------------------------------------------
 
 WRONG = {
   "unknown_axis_of_tokens": ((P("y"), P()), r"sharding.tokens names 'y'; the mesh has axes \('x',"),

@@ -1,4 +1,4 @@
-"""Log-probabilities, differentiable: what is differentiated changes nothing but what is computed."""
+"""Log-probabilities, differentiable in any of their arguments, at the cost of those only."""
 
 import itertools
 
