@@ -49,7 +49,7 @@ def test_a_preset_has_the_loss_terms_and_gradients_of_the_full_logits(name):
 
 def test_entropy_is_a_metric():
   objective, rollout = PRESETS["grpo"], near("grpo")
-  loss, (terms, entropy) = run(objective, HIDDEN, UNEMBEDDING, BIAS, rollout, TOKENS)[0]
+  _, (terms, entropy) = run(objective, HIDDEN, UNEMBEDDING, BIAS, rollout, TOKENS)[0]
   metrics = gpo.summarize(terms, rollout)
   np.testing.assert_allclose(metrics["entropy"], entropy[MASK].mean(), rtol=1e-5)
   terms = linear.expected("grpo")[0][1][0]
@@ -233,7 +233,7 @@ def test_outside_of_jit_a_slot_sees_what_it_closes_over_now():
     np.testing.assert_allclose(loss(), 2 * first, rtol=1e-6)
 
 
-# --- divergences of whole distributions ------------------------------------------------------------
+# --- divergences of whole distributions ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_size", [1, 20, None])
@@ -295,7 +295,7 @@ def test_a_divergence_holds_several_chunks_of_logits():
   assert memory(chunk_size=tokens) > several
 
 
-# --- wrong input -----------------------------------------------------------------------------------
+# --- wrong input ---------------------------------------------------------------------------------
 
 STATES = {"hidden": HIDDEN, "head": UNEMBEDDING, "tokens": TOKENS}
 
@@ -304,7 +304,8 @@ def log_probs(**changes):
   return gpo.linear_token_log_probs(**STATES | changes)
 
 
-def loss(objective=PRESETS["grpo"], rollout=near("grpo"), **changes):
+def loss(objective=PRESETS["grpo"], rollout=None, **changes):
+  rollout = near("grpo") if rollout is None else rollout
   return gpo.linear_loss(objective, rollout=rollout, **STATES | changes)
 
 

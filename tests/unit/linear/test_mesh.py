@@ -92,7 +92,7 @@ def test_an_auto_mesh_gives_what_one_device_gives(name):
   check(run(*placed(mesh, tokens, unembedding)))
 
 
-SOME = ("data", "vocabulary", "fsdp_and_vocabulary", "sequence_and_fsdp")
+SOME = ("data", "fsdp_and_vocabulary", "sequence_and_fsdp")
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name not in SOME]
 
 
@@ -199,7 +199,7 @@ def test_in_float64_too(name):
     assert {x.dtype for x in jax.tree.leaves((loss, gradients))} == {jnp.dtype("float64")}
 
 
-# --- what is said to whom --------------------------------------------------------------------------
+# --- what is said to whom ------------------------------------------------------------------------
 
 COLLECTIVE = re.compile(
   r"= (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-\w+)\("
@@ -258,7 +258,7 @@ def test_devices_tell_each_other_a_few_numbers_per_token_in_the_loop_and_the_une
   assert [kind for kind, *_ in found].count("all-gather") == ("fsdp" in name), found
 
 
-# --- wrong input -----------------------------------------------------------------------------------
+# --- wrong input ---------------------------------------------------------------------------------
 
 WRONG = {
   "unknown_axis_of_tokens": ((P("y"), P()), r"sharding.tokens names 'y'; the mesh has axes \('x',"),

@@ -85,11 +85,11 @@ def test_any_shape_and_tiling(shape, vocabulary, chunk_size, tile_size, seed):
   check(gpo.Tiling(chunk_size, tile_size), shape, vocabulary, seed)
 
 
-# --- how much is computed --------------------------------------------------------------------------
+# --- how much is computed ------------------------------------------------------------------------
 
 
 def chunks_run(mask, tiling):
-  """The sizes of the chunks that a sweep runs, in order, with how many of each one's tokens count."""
+  """The sizes of the chunks that a sweep runs, in order."""
   size, width, vocabulary = mask.size, 4, 8
   hidden, unembedding, _, tokens = linear.draw(0, (size,), vocabulary, width)
   hidden = jnp.where(mask[:, None], hidden, jnp.nan)
@@ -180,7 +180,7 @@ def test_memory_is_a_chunk_of_logits_whatever_the_batch(name):
   assert linear.temporaries(grad(from_logits), *shapes) > every_logit
 
 
-# --- wrong input -----------------------------------------------------------------------------------
+# --- wrong input ---------------------------------------------------------------------------------
 
 WRONG = {
   "chunk_size_0": (gpo.Tiling(0), "chunk_size must be an integer of at least 1; got 0"),

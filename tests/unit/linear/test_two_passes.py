@@ -1,4 +1,4 @@
-"""Log-probabilities, differentiable: what is differentiated changes nothing but what is computed."""
+"""Log-probabilities, differentiable in any of their arguments, at the cost of those only."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def wanted(*state):
 def test_one_jitted_function_may_be_differentiated_in_one_argument_after_another():
   state, jitted = (HIDDEN, UNEMBEDDING, BIAS), jax.jit(total)
   expected = linear.jit(jax.grad(wanted, (0, 1, 2)))(*state)
-  subsets = [(1,), (2,), (0,), (0, 1), (1, 2), (0, 2), (0, 1, 2)]
+  subsets = [(1,), (0,), (0, 1, 2), (0,)]
   for argnums in subsets:
     found = jax.grad(jitted, argnums)(*state)
     assert_same(found, tuple(expected[i] for i in argnums), 2e-5)
