@@ -130,21 +130,23 @@ def linear_loss(
   layout, hidden, head = layout_of(sharding, hidden, head)
   in_loss = (slots.surrogate, slots.level, slots.divergence, *slots.corrections)
   ours = all(traits_of(slot).ours for slot in in_loss if slot is not None)
-  compiled = _loss if ours else jax.jit(lambda *args: _evaluate(*args), static_argnums=(0, 1))
-  return compiled(as_tiling(tiling), layout, hidden, head, tokens, slots, rollout)
+  compiled = _loss if ours else jax.jit(lambda *args: _evaluate(*args), static_argnums=(0, 1, 2))
+  structure, numbers = one_pass.split(slots)
+  return compiled(as_tiling(tiling), layout, structure, hidden, head, tokens, numbers, rollout)
 
 
-def _evaluate(tiling, layout, hidden, head, tokens, objective, rollout):
-  hidden, head, tokens, objective, rollout = vary((hidden, head, tokens, objective, rollout))
+def _evaluate(tiling, layout, structure, *arguments):
+  hidden, head, tokens, numbers, rollout = vary(arguments)
+  objective = one_pass.join(structure, numbers)
   if one_pass.is_enough(objective):
-    return one_pass.loss(tiling, layout, hidden, head, tokens, objective, rollout)
+    return one_pass.loss(tiling, layout, structure, hidden, head, tokens, numbers, rollout)
   outputs = two_passes.log_probs(tiling, layout, hidden, head, tokens, rollout.mask)
   log_probs = outputs.log_probs.astype(rollout.weights.dtype)
   loss, terms = evaluate(objective, log_probs, rollout)
   return loss, dataclasses.replace(terms, entropy=jax.lax.stop_gradient(outputs.entropy))
 
 
-_loss = jax.jit(_evaluate, static_argnums=(0, 1))
+_loss = jax.jit(_evaluate, static_argnums=(0, 1, 2))
 
 
 def linear_divergence(

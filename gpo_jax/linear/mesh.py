@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from gpo_jax.linear.backward import Gradients
@@ -83,8 +84,8 @@ class Layout(NamedTuple):
   def own_tokens(self, tokens: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
     """Numbers tokens relative to this device's part of the vocabulary; marks ids of any part."""
     size, parts = head.unembedding.shape[0], math.prod(map(jax.lax.axis_size, self.of_vocabulary))
-    first = size * jax.lax.axis_index(self.of_vocabulary) if self.of_vocabulary else 0
-    return tokens - first, (tokens >= 0) & (tokens < size * parts)
+    part = jax.lax.axis_index(self.of_vocabulary) if self.of_vocabulary else jnp.zeros((), int)
+    return tokens - size * part.astype(tokens.dtype), (tokens >= 0) & (tokens < size * parts)
 
   def most(self, count: jax.Array) -> jax.Array:
     """Returns the largest count of all devices if they meet in the loop, which must go alike."""

@@ -36,33 +36,37 @@ def _is_tokenwise(slot: Any) -> bool:
   )
 
 
-def loss(
-  tiling: Tiling,
-  layout: Layout,
-  hidden: jax.Array,
-  head: Head,
-  tokens: jax.Array,
-  objective: Objective,
-  rollout: Rollout,
-) -> tuple[jax.Array, Terms]:
-  """Computes an objective's loss and terms, from clean inputs."""
-  # Integers and bools of functions that are not ours stay what they are: they are not traced.
+def split(objective: Objective) -> tuple[tuple, tuple]:
+  """Splits an objective into a structure and the numbers that are traced.
+
+  Integers and bools, which only functions that are not ours have, stay what they are.
+  """
   leaves, tree = jax.tree.flatten(objective)
   fixed = tuple(leaf if isinstance(leaf, bool | int) else None for leaf in leaves)
-  numbers = tuple(leaf for leaf in leaves if not isinstance(leaf, bool | int))
-  return _loss(tiling, layout, (tree, fixed), hidden, head, tokens, numbers, rollout)
+  return (tree, fixed), tuple(leaf for leaf in leaves if not isinstance(leaf, bool | int))
 
 
-def _objective(structure: tuple, numbers: tuple) -> Objective:
+def join(structure: tuple, numbers: tuple) -> Objective:
+  """Puts an objective together again."""
   tree, fixed = structure
   rest = iter(numbers)
   return jax.tree.unflatten(tree, [next(rest) if leaf is None else leaf for leaf in fixed])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _loss(tiling, layout, structure, hidden, head, tokens, numbers, rollout):
+def loss(
+  tiling: Tiling,
+  layout: Layout,
+  structure: tuple,
+  hidden: jax.Array,
+  head: Head,
+  tokens: jax.Array,
+  numbers: tuple,
+  rollout: Rollout,
+) -> tuple[jax.Array, Terms]:
+  """Computes an objective's loss and terms, from clean inputs."""
   outputs, _ = on_devices(tiling, layout, hidden, head, tokens, rollout.mask)
-  return _evaluate(_objective(structure, numbers), outputs, rollout)
+  return _evaluate(join(structure, numbers), outputs, rollout)
 
 
 def _evaluate(
@@ -76,16 +80,16 @@ def _forward(tiling, layout, structure, hidden, head, tokens, numbers, rollout):
   advantages = jnp.broadcast_to(rollout.advantages, rollout.mask.shape)
   per_token = rollout.replace(advantages=advantages, segment_ids=None)
 
-  def slopes(log_probs: jax.Array, rollout: Rollout) -> Slopes:
+  def slopes(numbers: tuple, log_probs: jax.Array, rollout: Rollout) -> Slopes:
     log_probs = log_probs.astype(rollout.weights.dtype)
-    of = lambda x: evaluate(_objective(structure, numbers), x, rollout)[0]  # noqa: E731
+    of = lambda x: evaluate(join(structure, numbers), x, rollout)[0]  # noqa: E731
     return Slopes(jax.grad(of)(log_probs), None)
 
   outputs, gradients = on_devices(
-    tiling, layout, hidden, head, tokens, rollout.mask, slopes, per_token
+    tiling, layout, hidden, head, tokens, rollout.mask, slopes, per_token, numbers
   )
   loss_and_terms, d_numbers = jax.value_and_grad(
-    lambda numbers: _evaluate(_objective(structure, numbers), outputs, rollout),
+    lambda numbers: _evaluate(join(structure, numbers), outputs, rollout),
     has_aux=True,
     allow_int=True,
   )(numbers)
@@ -104,4 +108,4 @@ def _backward(tiling, layout, structure, residuals, slopes):
   return *in_dtypes(gradients, hidden, head), None, once(d_numbers), None
 
 
-_loss.defvjp(_forward, _backward)
+loss.defvjp(_forward, _backward)

@@ -98,7 +98,7 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
   def of_chunk(size: int, start: jax.Array, carry: tuple) -> tuple:
     outputs, gradients, buffer = carry
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-    own_h, own_y, counts = take(h), take(y), start + jnp.arange(size) < active
+    own_h, own_y, counts = take(h), take(y), start + jnp.arange(size, dtype=jnp.int32) < active
     seen, logits = look(own_h, head, own_y, take(known), tile, chip, buffer)
     seen = seen.combine(layout.of_vocabulary)
     own = jax.tree.map(lambda x: jnp.where(counts, x, 0), seen.outputs())
@@ -145,7 +145,7 @@ def _compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Arr
   padded = -(-length // chunk) * chunk
   order = jnp.flatnonzero(mask, size=padded, fill_value=length).astype(jnp.int32)
   rank = jnp.cumsum(mask.astype(jnp.int32)) - 1
-  return order, jnp.where(mask, rank, padded), jnp.sum(mask.astype(jnp.int32))
+  return order, jnp.where(mask, rank, padded), jnp.sum(mask, dtype=jnp.int32)
 
 
 def _put(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:

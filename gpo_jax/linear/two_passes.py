@@ -35,7 +35,7 @@ def _forward(tiling, layout, *arguments):
 
 def _backward(tiling, layout, arguments, slopes):
   hidden, head, tokens, mask = arguments
-  slopes_of = lambda _, slopes: Slopes(*slopes)  # noqa: E731
+  slopes_of = lambda _, __, slopes: Slopes(*slopes)  # noqa: E731
   _, gradients = on_devices(tiling, layout, hidden, head, tokens, mask, slopes_of, tuple(slopes))
   return *in_dtypes(gradients, hidden, head), None, None
 
@@ -52,14 +52,16 @@ def on_devices(
   mask: jax.Array,
   slopes: Any = None,
   per_token: Any = (),
+  numbers: tuple = (),
 ) -> tuple[TokenLogProbs, Gradients | None]:
-  """Sweeps over the tokens `[..., T]` of each device."""
+  """Sweeps over the tokens `[..., T]` of each device; slopes are of (numbers, log_probs, …)."""
 
-  def own(hidden, head, tokens, mask, per_token):
+  def own(hidden, head, tokens, mask, per_token, numbers):
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = jax.tree.map(jnp.ravel, per_token)
+    slopes_of = None if slopes is None else functools.partial(slopes, numbers)
     outputs, gradients = sweep(
-      tiling, layout, rows, head, tokens.ravel(), mask.ravel(), slopes, flat
+      tiling, layout, rows, head, tokens.ravel(), mask.ravel(), slopes_of, flat
     )
     outputs = jax.tree.map(lambda x: x.reshape(tokens.shape), outputs)
     if gradients is not None:
@@ -69,9 +71,8 @@ def on_devices(
   at, heads = layout.tokens, layout.head_specs(head)
   states: Any = jax.sharding.PartitionSpec(*at, None)
   results = (at, None if slopes is None else Gradients(states, heads.unembedding, heads.bias))
-  return layout.on_devices(own, (states, heads, at, at, at), results)(
-    hidden, head, tokens, mask, per_token
-  )
+  specs = (states, heads, at, at, at, jax.sharding.PartitionSpec())
+  return layout.on_devices(own, specs, results)(hidden, head, tokens, mask, per_token, numbers)
 
 
 def in_dtypes(gradients: Any, hidden: jax.Array, head: Head) -> tuple[jax.Array, Head]:

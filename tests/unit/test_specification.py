@@ -179,7 +179,8 @@ def test_every_order_of_magnitude_in_float32():
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20])
 def test_likelihoods_of_any_size_have_a_gradient_in_either_place(scale):
   def penalty(p, q):
-    return gpo.gpo_loss([1.0], [0.0], [p * np.float32(scale)], [q * np.float32(scale)], beta=1.0)[0]
+    likelihoods = (jnp.full(1, x * np.float32(scale)) for x in (p, q))
+    return gpo.gpo_loss([1.0], [0.0], *likelihoods, beta=1.0)[0]
 
   value, slopes = jax.value_and_grad(penalty, (0, 1))(1.1, 1.0)
   np.testing.assert_allclose(value, 0.1 - math.log(1.1), rtol=1e-4)
@@ -193,14 +194,12 @@ def test_a_quotient_beyond_the_floats_range():
 
 def test_second_derivatives(x64):
   ratio, pi_current, pi_ref = 1.1, 0.45, 0.5
-  second = jax.grad(jax.grad(lambda p: gpo.gpo_objective([ratio], [1.0], [p], [pi_ref], 0.2, 1.0)))
-  np.testing.assert_allclose(second(pi_current), -ratio / pi_current**2, rtol=1e-12)
-  mixed = jax.grad(
-    jax.grad(lambda rho, p: gpo.gpo_objective([rho], [1.0], [p], [pi_ref], 0.2, 1.0)), argnums=1
-  )
-  np.testing.assert_allclose(mixed(ratio, pi_current), -(1 / pi_ref - 1 / pi_current), rtol=1e-12)
-  curvature = jax.grad(jax.grad(lambda rho: gpo.gpo_objective([rho], [1.0], [0.5], [0.5])))
-  assert curvature(ratio) == 0
+  objective = lambda *x: gpo.gpo_objective(*map(jnp.atleast_1d, x), 0.2, 1.0)
+  point = (ratio, 1.0, pi_current, pi_ref)
+  hessian = jax.hessian(objective, argnums=(0, 2))(*point)
+  mixed = -(1 / pi_ref - 1 / pi_current)
+  expected = [[0, mixed], [mixed, -ratio / pi_current**2]]
+  np.testing.assert_allclose(hessian, expected, rtol=1e-12)
 
 
 def test_gradient_through_epsilon_and_beta():
@@ -284,13 +283,13 @@ BAD_INPUTS = [
   ([[]] * 4, {}, r"every axis at least 1; got ratios \[0\]"),
   ([[[1.0, 1.0]]] * 4, {}, r"one shape \[N\].*ratios \[1, 2\]"),
   ([1.0] * 4, {}, r"one shape \[N\].*ratios \[\]"),
-  ([GOOD[0], ["a", "b"], *GOOD[2:]], {}, "advantages must hold real numbers; got dtype <U1"),
+  ([GOOD[0], ["a", "b"], *GOOD[2:]], {}, "advantages must hold real numbers; got text"),
   ([*GOOD[:2], [1j, 1], GOOD[3]], {}, "pi_current must hold real numbers; got dtype complex128"),
   ([*GOOD[:3], None], {}, "pi_ref must hold real numbers; got None"),
   ([[[1.0], [1.0, 2.0]], *GOOD[1:]], {}, "ratios must be a rectangular array"),
   (GOOD, {"epsilon": [0.1, 0.2]}, r"epsilon must be a scalar; got shape \[2\]"),
-  (GOOD, {"epsilon": "0.2"}, "epsilon must hold real numbers"),
-  (GOOD, {"beta": None}, "beta must hold real numbers; got None"),
+  (GOOD, {"epsilon": "0.2"}, "epsilon must hold a number; got text"),
+  (GOOD, {"beta": None}, "beta must hold a number; got None"),
 ]
 
 
@@ -471,7 +470,8 @@ def test_it_agrees_with_the_kl_to_second_order_only(x64):
 
 def test_below_a_fifth_of_the_reference_the_penalty_pushes_further_down(x64):
   def penalty(p):  # on-policy: ρ π_old = π_current, so u(u − log u − 1) with u = π_current/π_ref
-    return gpo.gpo_loss([p], [0.0], [p], [1.0], beta=1.0)[0]
+    p = jnp.atleast_1d(p)
+    return gpo.gpo_loss(p, [0.0], p, [1.0], beta=1.0)[0]
 
   slopes = jax.vmap(jax.grad(penalty))(jnp.array([0.1, 0.2, 0.2032, 0.21, 0.9]))
   assert slopes[0] > 0
