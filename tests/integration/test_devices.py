@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
-from tests.support.batches import PRESETS, batch, grpo_with, value_and_grad
+from tests.support.batches import PRESETS, batch, grpo_with, relative_error, value_and_grad
 from tests.support.packing import pack
 from tests.support.policies import (
   TOKENS,
@@ -36,8 +36,8 @@ def mesh_of(axis_type, shape=(8,), names=("data",)):
 
 
 def train(params, rollout, tokens, loss_fn):
-  """Three steps of Adam: what every arrangement of devices must agree on."""
-  optimizer = optax.adam(1e-2)
+  """Three steps: what every arrangement of devices must agree on."""
+  optimizer = optax.sgd(0.1, momentum=0.9)
 
   @jit
   def steps(params, rollout, tokens):
@@ -61,10 +61,8 @@ def on_one_device(name):
 
 
 def assert_same_training(found, name):
-  """Adam divides a gradient by its size, so that rounding errors of small ones grow."""
-  (params, history), (expected, expected_history) = found, on_one_device(name)
-  assert_trees_close(history, expected_history, 5e-5)
-  assert_trees_close(params, expected, 5e-5)
+  assert relative_error(on_one_device(name)[0]["mix"], start()["mix"]) > 1e-3
+  assert_trees_close(found, on_one_device(name))
 
 
 def linear_loss(objective, sharding=None, spec=None):
