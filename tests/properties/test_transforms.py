@@ -38,7 +38,8 @@ def at(i, pair):
 
 def case(entry):
   """The call, of one dictionary, and two sets of arguments, stacked."""
-  return CALLS[entry], {k: np.stack([x, other(x)]) for k, x in CALLS[entry].given.items()}
+  call = CALLS[entry]
+  return lambda given: call(given), {k: np.stack([x, other(x)]) for k, x in call.given.items()}
 
 
 def convert(tree, dtype):
@@ -179,7 +180,7 @@ def loss_of(tree, entry):
 def test_derivatives_agree_forward_backward_and_with_differences(entry):
   call, pair = case(entry)
   given, rng = convert(at(0, pair), float), np.random.default_rng(0)
-  point = {k: given[k] + rng.uniform(0, 0.05, given[k].shape) for k in call.by}  # off every corner
+  point = {k: given[k] + rng.uniform(0, 0.05, given[k].shape) for k in CALLS[entry].by}  # off every corner
   move = {k: rng.normal(size=x.shape) for k, x in point.items()}
   value = lambda point: total(loss_of(call(given | point), entry))
   ends = [jax.tree.map(lambda x, d: x + h * d, point, move) for h in (1e-5, -1e-5)]
