@@ -98,8 +98,14 @@ def test_under_vmap_scan_and_shard_map(entry):
     assert_same(found, right(entry))
 
 
+ALONE = ("linear_loss", "linear_token_log_probs", "objective", "prepare_packed", "by_group")
+slow_but = lambda names: [  # noqa: E731
+  pytest.param(entry, marks=() if entry in names else pytest.mark.slow) for entry in CALLS
+]
+
+
 @pytest.mark.parametrize("transform", [vectorized, sharded])
-@ENTRY
+@pytest.mark.parametrize("entry", slow_but(ALONE))
 def test_one_argument_may_vary_alone(entry, transform):
   call, pair = case(entry)
   for name in pair:
@@ -137,14 +143,13 @@ def wide(entry, request):
 
 
 @pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @ENTRY
-def test_float64_is_kept_and_float32_works_beside_it(entry):
+def test_float64_is_kept_and_float32_works_beside_it(entry, dtype):
   call, pair = case(entry)
-  given = at(0, pair)
-  found, narrow = jit(lambda *both: [call(x) for x in both])(convert(given, float), given)
-  for answer in (found, narrow):
-    assert_same(answer, at(0, right(entry)), 1e-5, 1e-5)
-  if entry != "numbers":  # which has arrays that are no arguments
+  found = jit(lambda given: call(given))(convert(at(0, pair), dtype))
+  assert_same(found, at(0, right(entry)), 1e-5, 1e-5)
+  if dtype == "float64" and entry != "numbers":  # which has arrays that are no arguments
     floats = [x for x in jax.tree.leaves(found) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert {x.dtype.name for x in floats} == {"float64"}
 
@@ -159,7 +164,11 @@ def test_bfloat16(entry):
 
 # --- derivatives ---------------------------------------------------------------------------------
 
-SLOPES = [entry for entry, call in CALLS.items() if call.by]
+SLOPES = [
+  pytest.param(entry, marks=pytest.mark.slow if entry.endswith("_packed") else ())
+  for entry, call in CALLS.items()
+  if call.by
+]
 ONCE = ("linear_token_log_probs", "linear_loss")  # first reverse-mode derivatives only
 STOPPED = ("surrogates", "levels", "divergences", "corrections", "exact_kl", "specification")
 

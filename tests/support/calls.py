@@ -103,10 +103,11 @@ def _of_numbers(log_probs, epsilon, length, temperature):
     gpo.dr_grpo(length=length).prepare(PLAIN["rewards"], MASK),
     gpo.token_entropy(log_probs, temperature=temperature, softcap=length),
     gpo.linear_token_log_probs(
-      log_probs, gpo.Head(STATES["unembedding"][:4, :1] * jnp.ones((4, 4), log_probs.dtype),
-      None, length, temperature), TOKENS["tokens"][..., 0] % 4,
-    ).log_probs,
-  )  # fmt: skip
+      log_probs,
+      gpo.Head(jnp.eye(5, 4, dtype=log_probs.dtype), None, length, temperature),
+      TOKENS["tokens"][..., 0],
+    ),
+  )
 
 
 _of_params = gpo.as_loss(OBJECTIVE, lambda params, x: params * x, has_aux=False)
@@ -166,8 +167,10 @@ CALLS = {
     _FIELDS | {"params": LOG_PROBS, "x": LOG_PROBS}, ("params", "x"),
   ),
   "summarize": Call(
-    _with_rollout(lambda rollout, **terms: gpo.summarize(gpo.Terms(**terms), rollout)),
-    _FIELDS | _fields(OBJECTIVE(LOG_PROBS, ROLLOUT)[1]),
+    _with_rollout(lambda rollout, **terms: gpo.summarize(
+      gpo.Terms(**{k.removeprefix("terms_"): x for k, x in terms.items()}), rollout
+    )),
+    _FIELDS | {f"terms_{k}": x for k, x in _fields(OBJECTIVE(LOG_PROBS, ROLLOUT)[1]).items()},
   ),
   "by_group": Call(
     functools.partial(advantages.by_group, advantages.center),
@@ -178,7 +181,7 @@ CALLS = {
       rewards=rewards, where=where
     ) | {
       "optimal_baseline": advantages.optimal_baseline(rewards, where, lengths=lengths),
-      "decoupled": advantages.decoupled(jnp.stack([rewards, 2 - rewards]), where),
+      "decoupled": advantages.decoupled(jnp.stack([rewards, rewards**2]), where),
     },
     {"rewards": draw(2, 3), "where": WHERE, "lengths": draw(2, 3, sign=1)},
   ),
