@@ -10,9 +10,9 @@ import sys
 import pytest
 
 import gpo_jax
-from tests.blocks import blocks_of, printed_and_written
+from tests.support.blocks import blocks_of, printed_and_written
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 GUIDE = ("migrating", "numerics", "semantics")

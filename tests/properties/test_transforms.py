@@ -90,12 +90,23 @@ def scanned(call, varying):
   return lambda pair: jax.lax.scan(step, None, pair)[1]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", [vectorized, scanned, sharded])
 @ENTRY
-def test_under_vmap_scan_and_shard_map(entry):
+def test_transformed(entry, transform):
   call, pair = case(entry)
-  ways = [transform(call, pair) for transform in (vectorized, scanned, sharded)]
-  for found in jit(lambda pair: [way(pair) for way in ways])(pair):
-    assert_same(found, right(entry))
+  assert_same(jit(transform(call, pair))(pair), right(entry))
+
+
+@ENTRY
+def test_vmap_inside_of_scan_inside_of_shard_map(entry):
+  """On two devices, which take the two sets in opposite order."""
+  call, pair = case(entry)
+  both = jax.tree.map(lambda x: np.stack([x[None], x[None, ::-1]]), pair)
+  inner = lambda pair: scanned(vectorized(call, pair), pair)(pair)
+  found = plain(jit(sharded(inner, pair))(both))
+  assert_same(jax.tree.map(lambda x: x[0, 0], found), right(entry))
+  assert_same(jax.tree.map(lambda x: x[1, 0, ::-1], found), right(entry))
 
 
 ALONE = ("linear_loss", "linear_token_log_probs", "objective", "prepare_packed", "by_group")
