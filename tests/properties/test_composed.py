@@ -248,7 +248,9 @@ def check(packed, factor, tiling, softcap, bias, seed, **slots):
 
 
 HEALTH = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-how = partial(settings, derandomize=True, deadline=None, database=None, suppress_health_check=HEALTH)
+how = partial(
+  settings, derandomize=True, deadline=None, database=None, suppress_health_check=HEALTH
+)
 
 
 @how(max_examples=10)

@@ -14,8 +14,14 @@ import pytest
 
 import gpo_jax as gpo
 from gpo_jax import advantages, surrogates, weightings
-from tests.support.batches import COVERING, PRESETS, batch, grpo_with, relative_error
-from tests.support.batches import value_and_grad
+from tests.support.batches import (
+  COVERING,
+  PRESETS,
+  batch,
+  grpo_with,
+  relative_error,
+  value_and_grad,
+)
 from tests.support.packing import FIELDS, pack, unpack
 from tests.support.quick import jit
 

@@ -110,7 +110,7 @@ def test_vmap_inside_of_scan_inside_of_shard_map(entry):
 
 
 ALONE = ("linear_loss", "linear_token_log_probs", "objective", "prepare_packed", "by_group")
-slow_but = lambda names: [  # noqa: E731
+slow_but = lambda names: [
   pytest.param(entry, marks=() if entry in names else pytest.mark.slow) for entry in CALLS
 ]
 
@@ -200,7 +200,9 @@ def loss_of(tree, entry):
 def test_derivatives_agree_forward_backward_and_with_differences(entry):
   call, pair = case(entry)
   given, rng = convert(at(0, pair), float), np.random.default_rng(0)
-  point = {k: given[k] + rng.uniform(0, 0.05, given[k].shape) for k in CALLS[entry].by}  # off every corner
+  point = {
+    k: given[k] + rng.uniform(0, 0.05, given[k].shape) for k in CALLS[entry].by
+  }  # off every corner
   move = {k: rng.normal(size=x.shape) for k, x in point.items()}
   value = lambda point: total(loss_of(call(given | point), entry))
   ends = [jax.tree.map(lambda x, d: x + h * d, point, move) for h in (1e-5, -1e-5)]

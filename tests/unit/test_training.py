@@ -1,4 +1,4 @@
-"""The objective inside real training code: microbatches, scans, modules, schedules, line searches."""
+"""Objectives inside real training code: microbatches, scans, modules, schedules, line searches."""
 
 import functools
 
@@ -104,7 +104,9 @@ def test_terms_that_were_summed_are_caught():
   grad_fn = jax.value_and_grad(gpo.as_loss(objective, policy), has_aux=True)
   by_default = microbatching.microbatch(grad_fn, argnums=(1, 2), microbatch_size=2)
   (_, terms), _ = jax.eval_shape(by_default, params, rollout, TOKENS)
-  with pytest.raises(ValueError, match=r"shape of rollout.mask; .*\[2, 4, 6\].*\[8, 4, 6\].*CONCAT"):
+  with pytest.raises(
+    ValueError, match=r"shape of rollout.mask; .*\[2, 4, 6\].*\[8, 4, 6\].*CONCAT"
+  ):
     gpo.summarize(terms, rollout)
 
 
