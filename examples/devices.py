@@ -45,6 +45,8 @@ def start() -> dict[str, np.ndarray]:
 
 objective = gpo.grpo(beta=None)
 optimizer = optax.adam(1e-2)
+# Of the mesh in context; each device sees its own rows, and all of the unembedding.
+sharding = gpo.Sharding(tokens=P("data"), unembedding=P())
 
 
 @jax.jit
@@ -55,7 +57,8 @@ def step(params, state, batch):
     hidden = jnp.tanh(jnp.cumsum(params["embedding"][batch["tokens"]], axis=-2))
     # Each token is predicted from those before it.
     hidden = jnp.pad(hidden[..., :-1, :], [(0, 0), (0, 0), (1, 0), (0, 0)])
-    return gpo.linear_loss(objective, hidden, params["unembedding"], batch["tokens"], rollout)[0]
+    head, tokens = params["unembedding"], batch["tokens"]
+    return gpo.linear_loss(objective, hidden, head, tokens, rollout, sharding=sharding)[0]
 
   loss, gradient = jax.value_and_grad(loss_fn)(params)
   updates, state = optimizer.update(gradient, state)
@@ -85,7 +88,8 @@ def main() -> None:
   params = jax.device_put(start(), NamedSharding(mesh, P()))
   state, found = optimizer.init(params), {}
   for i in range(3):
-    params, state, loss, gradient = step(params, state, batch)
+    with jax.set_mesh(mesh):
+      params, state, loss, gradient = step(params, state, batch)
     norm = optax.tree.norm(gradient)
     found |= {f"loss {i}": loss} | {f"gradient {i} {k}": x for k, x in gradient.items()}
     if arguments.process == 0:

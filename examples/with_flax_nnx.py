@@ -1,5 +1,10 @@
-"""A Flax NNX module as the policy: `nnx.grad` differentiates the module itself."""
+"""A Flax NNX module as the policy: `jax.grad` differentiates the module itself.
 
+A module is a pytree. `nnx.grad` would do here too, but not inside of `jax.lax.scan` or of optax's
+microbatches, where `jax.grad` does.
+"""
+
+import jax
 import jax.numpy as jnp
 import optax
 import task
@@ -36,7 +41,7 @@ optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 def update(model, optimizer, key):
   read, written, rewards = task.sample(model, key)
   rollout = objective.prepare(rewards, jnp.ones_like(written))
-  grad, _terms = nnx.grad(loss_fn, has_aux=True)(model, rollout, read, written)
+  grad, _terms = jax.grad(loss_fn, has_aux=True)(model, rollout, read, written)
   optimizer.update(model, grad)
   return jnp.mean(rewards)
 

@@ -1,6 +1,6 @@
-"""What every objective shares: dtypes, masks, extremes, empty rows, equal rewards, gradients."""
+"""What holds for every objective, whatever its slots: shapes, padding, gradients, metrics."""
 
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,135 +8,158 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
-from tests.support.batches import COVERING, PRESETS, batch, relative_error, value_and_grad
+from gpo_jax import advantages, corrections, divergences, levels, weightings
+from tests.support.batches import PRESETS, batch, relative_error, value_and_grad
+from tests.support.calls import functions_of
 
 BATCH = batch()
-EVERY = pytest.mark.parametrize("name", COVERING)
+LOG_PROBS = jnp.asarray(BATCH.log_probs)
+GRPO = gpo.grpo(beta=0.3)
 
 
-def run(objective, data=BATCH, **changes):
-  return value_and_grad(objective, data.log_probs, data.prepare(objective, **changes))
+@functools.cache
+def expected():
+  return value_and_grad(GRPO, LOG_PROBS, BATCH.prepare(GRPO))
 
 
-@EVERY
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_inputs_are_computed_in_float32(name, dtype):
-  objective = PRESETS[name]
-  rollout = BATCH.prepare(objective)
-  half = jnp.asarray(BATCH.log_probs, dtype)
-  value, gradient = value_and_grad(objective, half, rollout)
-  assert value.dtype == jnp.float32
-  assert gradient.dtype == dtype
-  full = value_and_grad(objective, half.astype(jnp.float32), rollout)
-  assert value == full[0]
-  np.testing.assert_array_equal(gradient, full[1].astype(dtype))
+def response(advantage, *values):
+  """One response's log-probabilities, and its rollout, in which all others are 0."""
+  x = jnp.array(values)
+  ones, zeros = jnp.ones_like(x), jnp.zeros_like(x)
+  rollout = gpo.Rollout(
+    advantages=jnp.array([advantage]), mask=ones, weights=ones, old_log_probs=zeros
+  )
+  return x, rollout
 
 
-@EVERY
-def test_float64_stays_and_agrees(name, x64):
-  objective = gpo.presets.__dict__[name](**({"length": 8} if name == "dr_grpo" else {}))
+# --- shapes and padding --------------------------------------------------------------------------
+
+
+def test_advantages_may_be_of_responses_or_of_tokens():
+  rollout = BATCH.prepare(GRPO)
+  of_tokens = jnp.broadcast_to(rollout.advantages, BATCH.mask.shape)
+  for same in (of_tokens[..., 0], of_tokens[..., :1], of_tokens):
+    gradient = value_and_grad(GRPO, LOG_PROBS, rollout.replace(advantages=same))[1]
+    assert relative_error(gradient, expected()[1]) < 1e-6
+
+
+def test_any_number_of_axes_may_come_before_the_samples():
+  split = lambda x: x.reshape(2, 2, *x.shape[1:])
+  rollout = jax.tree.map(split, BATCH.prepare(GRPO))
+  gradient = value_and_grad(GRPO, split(LOG_PROBS), rollout)[1]
+  assert relative_error(gradient.reshape(LOG_PROBS.shape), expected()[1]) < 1e-6
+
+
+def test_a_slot_sees_bools_for_a_mask_and_zeros_in_the_padding():
+  def of_everything(ref_log_ratio, log_ratio, rollout):
+    assert rollout.mask.dtype == bool
+    fields = [x for x in vars(rollout).values() if x is not None and x is not rollout.mask]
+    return sum(jnp.abs(x) for x in (ref_log_ratio, log_ratio, *fields))
+
+  dirty = jnp.where(BATCH.mask, LOG_PROBS, jnp.nan)
+  names = ("old_log_probs", "ref_log_probs", "sampler_log_probs")
+  objective = gpo.grpo().replace(divergence=of_everything)
+  arrays = dict.fromkeys(names, dirty) | {"mask": BATCH.mask.astype(int)}
+  rollout = BATCH.prepare(objective, **arrays)
+  rollout = rollout.replace(advantages=dirty, factor=dirty, weights=dirty)
+  _, terms = objective(dirty, rollout)
+  np.testing.assert_array_equal(terms.divergence[~BATCH.mask], 0)
+
+
+@pytest.mark.parametrize("name", ["token_mean", "sequence_mean"])
+def test_weights_of_a_mean_sum_to_1_and_of_an_empty_batch_to_0(name):
+  weighting = getattr(weightings, name)
+  np.testing.assert_allclose(jnp.sum(weighting(BATCH.mask)), 1, rtol=1e-6)
+  np.testing.assert_array_equal(weighting(np.zeros_like(BATCH.mask)), 0)
+
+
+def test_an_id_that_comes_back_is_one_response_to_advantages_and_two_to_weights_and_levels():
+  rollout = gpo.grpo().prepare([[1.0, 0.0]], [[1, 1, 1]], segment_ids=[[1, 2, 1]])
+  first, second = advantages.standardize([1.0, 0.0])
+  np.testing.assert_allclose(rollout.advantages, [[first, second, first]], rtol=1e-6)
+  np.testing.assert_allclose(rollout.weights, 1 / 3, rtol=1e-6)
+  log_ratio = jnp.array([[0.1, 0.2, 0.4]])
+  np.testing.assert_allclose(levels.sequence(log_ratio, rollout), log_ratio, rtol=1e-6)
+
+
+# --- gradients -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("old", ["stale", "on_policy"])
+@pytest.mark.parametrize("name", functions_of(corrections))
+def test_a_correction_has_no_gradient(name, old):
+  rollout = BATCH.prepare(gpo.dapo(), **({} if old == "stale" else {"old_log_probs": None}))
+  total = lambda x: jnp.sum(functions_of(corrections)[name](x, rollout))
+  np.testing.assert_array_equal(jax.grad(total)(LOG_PROBS), 0)
+
+
+def test_a_factor_in_the_rollout_has_no_gradient():
+  rollout = BATCH.prepare(gpo.dapo())
+  loss = lambda factor: gpo.dapo()(LOG_PROBS, rollout.replace(factor=factor))[0]
+  np.testing.assert_array_equal(jax.grad(loss)(LOG_PROBS), 0)
+
+
+def test_a_levels_number_has_a_gradient(x64):
   data = batch(dtype=np.float64)
-  value, gradient = run(objective, data)
-  assert value.dtype == gradient.dtype == jnp.float64
-  single = type(data)(
-    **{k: v.astype(np.float32) if k != "mask" else v for k, v in vars(data).items()}
-  )
-  other_value, other_gradient = run(objective, single)
-  assert other_gradient.dtype == jnp.float32
-  # The clip of GSPO decides at 3e-4: a float32 log-probability may fall on its other side.
-  if name not in ("gspo", "gspo_token", "luspo"):
-    np.testing.assert_allclose(other_value, value, rtol=1e-5, atol=1e-6)
-    assert relative_error(other_gradient, gradient) < 1e-5
+  rollout = data.prepare(gpo.gmpo())
+  loss = lambda limit: gpo.gmpo(epsilon_low=limit)(data.log_probs, rollout)[0]
+  slope = jax.grad(loss)(0.25)
+  numeric = (loss(0.25 + 1e-6) - loss(0.25 - 1e-6)) / 2e-6
+  np.testing.assert_allclose(slope, numeric, rtol=1e-6)
+  assert slope != 0
 
 
-@EVERY
-def test_masks_may_be_bools_ints_or_floats(name):
-  expected = run(PRESETS[name])
-  for kind in (np.int32, np.uint8, np.float32):
-    value, gradient = run(PRESETS[name], mask=BATCH.mask.astype(kind))
-    assert value == expected[0]
-    np.testing.assert_array_equal(gradient, expected[1])
+def test_a_term_of_ones_own_by_the_weights_is_weighted_as_the_loss_is():
+  rollout = BATCH.prepare(GRPO)
+
+  def own_term(log_probs):
+    k3 = divergences.k3(log_probs - BATCH.ref_log_probs, None, None)
+    return 0.3 * jnp.sum(rollout.weights * k3, where=rollout.mask)
+
+  plain = value_and_grad(gpo.grpo(beta=None), LOG_PROBS, rollout)[1]
+  assert relative_error(plain + jax.grad(own_term)(LOG_PROBS), expected()[1]) < 1e-5
 
 
-@EVERY
-@pytest.mark.parametrize("distance", [-1e30, -1000.0, -100.0, 100.0, 1000.0, 1e30])
-def test_extreme_log_ratios_stay_finite(name, distance):
-  objective = PRESETS[name]
-  mask = np.ones((1, 3, 2), bool)
-  log_probs = np.full((1, 3, 2), -2.0 + min(distance, 0), np.float32)
-  far = np.full((1, 3, 2), -2.0 - max(distance, 0), np.float32)
-  rollout = objective.prepare([[1.0, 0.5, 0.0]], mask, far, ref_log_probs=far)
-  with jax.debug_nans(True):
-    value, gradient = value_and_grad(objective, log_probs, rollout)
-  assert jnp.isfinite(value)
-  assert jnp.isfinite(gradient).all()
+def test_with_x64_weights_and_loss_are_float64_and_the_gradient_is_of_its_inputs_dtype(x64):
+  rollout = BATCH.prepare(GRPO)
+  value, gradient = value_and_grad(GRPO, LOG_PROBS, rollout)
+  assert rollout.weights.dtype == value.dtype == jnp.float64
+  assert gradient.dtype == jnp.float32
 
 
-@EVERY
-def test_nothing_inside_is_nan(name):
-  with jax.debug_nans(True):
-    value, gradient = run(PRESETS[name])
-    empty_value, empty_gradient = run(PRESETS[name], mask=np.zeros_like(BATCH.mask))
-    gpo.summarize(
-      PRESETS[name](BATCH.log_probs, BATCH.prepare(PRESETS[name]))[1], BATCH.prepare(PRESETS[name])
-    )
-  assert jnp.isfinite(value)
-  assert empty_value == 0
-  np.testing.assert_array_equal(empty_gradient, 0)
-  assert jnp.any(gradient != 0)
+# --- limits and metrics --------------------------------------------------------------------------
 
 
-@EVERY
-def test_an_empty_row_contributes_nothing_and_is_not_counted(name):
-  objective = PRESETS[name]
-  _, gradient = run(objective)
-  data = type(BATCH)(**{k: v[:, 1:] if v.ndim > 1 else v for k, v in vars(BATCH).items()})
-  arrays = {k: v.copy() for k, v in vars(BATCH).items()}
-  arrays["mask"][:, 0] = False
-  emptied, other = run(objective, type(BATCH)(**arrays)), run(objective, data)
-  np.testing.assert_allclose(emptied[0], other[0], rtol=1e-5, atol=1e-6)
-  assert relative_error(emptied[1][:, 1:], other[1]) < 1e-5
-  np.testing.assert_array_equal(emptied[1][:, 0], 0)
-  np.testing.assert_array_equal(gradient[0, 0], 0)
+def test_a_level_averages_first_and_is_bounded_afterwards():
+  _, terms = gpo.gspo()(*response(1.0, 40.0, -20.0))
+  np.testing.assert_allclose(terms.log_ratio, 10, rtol=1e-6)
+  np.testing.assert_allclose(terms.token_log_ratio, [20, -20], rtol=1e-6)
 
 
-@EVERY
-def test_equal_rewards_give_no_gradient_but_the_divergences(name):
-  objective = PRESETS[name].replace(divergence=None, beta=None)
-  _, gradient = run(objective)
-  if name != "reinforce_plus_plus":  # its group is the batch
-    np.testing.assert_array_equal(gradient[1], 0)
-  _, gradient = run(objective, rewards=np.full((4, 4), 1 / 3, np.float32))
-  np.testing.assert_array_equal(gradient, 0)
+def test_the_weights_of_the_sampler_are_bounded():
+  x, rollout = response(1.0, 0.0)
+  rollout = rollout.replace(sampler_log_probs=jnp.array([-900.0]))
+  weight = corrections.mask_importance(x, rollout, high=np.inf)
+  np.testing.assert_allclose(weight, np.exp(20), rtol=1e-5)
 
 
-def test_the_bound_is_reported_and_stops_no_gradient():
-  objective = gpo.dapo()
-  far = np.full((1, 2, 1), -50.0, np.float32)
-  rollout = objective.prepare([[0.0, 1.0]], np.ones((1, 2, 1)), far)
-  (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(np.zeros_like(far), rollout)
-  metrics = gpo.summarize(terms, rollout)
-  assert metrics["bounded_fraction"] == 1
-  assert (
-    metrics["clip_fraction_high"] == 0.5
-  )  # A > 0 is clipped, A < 0 keeps the slope at the bound
-  np.testing.assert_allclose(gradient[0, 0], 0.5 * math.exp(20) / math.sqrt(2), rtol=1e-3)
-  assert gradient[0, 1] == 0
+@pytest.mark.parametrize("name", ["grpo", "cispo", "gmpo", "dppo", "topr"])
+@pytest.mark.parametrize("distance", [-3.0, 3.0])
+def test_what_a_level_a_correction_or_cispo_cuts_off_is_not_counted_as_clipped(name, distance):
+  objective, stale = PRESETS[name], LOG_PROBS - distance
+  rollout = BATCH.prepare(objective, old_log_probs=stale, sampler_log_probs=stale)
+  metrics = gpo.summarize(objective(LOG_PROBS, rollout)[1], rollout)
+  if name == "grpo":  # the control, whose surrogate clips
+    assert metrics["clip_fraction"] > 0.2
+  else:
+    assert metrics["clip_fraction"] == 0
+  if name == "dppo":
+    assert metrics["dropped_fraction"] > 0.2
 
 
-@EVERY
-def test_no_gradient_to_what_the_policy_did_not_compute(name):
-  objective = PRESETS[name]
-
-  def loss(fields, rewards):
-    rollout = objective.prepare(rewards, BATCH.mask, **fields)
-    return objective(BATCH.log_probs, rollout)[0]
-
-  fields = {k: v for k, v in vars(BATCH).items() if k.endswith("_log_probs")}
-  jax.tree.map(
-    lambda g: np.testing.assert_array_equal(g, 0), jax.grad(loss, (0, 1))(fields, BATCH.rewards)
-  )
-  rollout = BATCH.prepare(objective)
-  direct = lambda a, w: objective(BATCH.log_probs, rollout.replace(advantages=a, weights=w))[0]
-  for gradient in jax.grad(direct, (0, 1))(rollout.advantages, rollout.weights):
-    np.testing.assert_array_equal(gradient, 0)
+def test_groups_by_id_hold_64_values_per_sample_at_a_time():
+  samples = 4096
+  of_ids = functools.partial(advantages.by_group, advantages.standardize)
+  run = jax.jit(lambda rewards: of_ids(rewards, jnp.arange(samples) // 8))
+  memory = run.lower(jnp.zeros(samples)).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 8 * 4 * 64 * samples

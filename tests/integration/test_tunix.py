@@ -30,7 +30,7 @@ with warnings.catch_warnings():
 
 import gpo_jax as gpo
 from gpo_jax.integrations.tunix import register
-from tests.batches import grpo_with, relative_error
+from tests.support.batches import grpo_with, relative_error
 
 SIZE = test_common.MockVocab().GetPieceSize()
 ROWS, PROMPT, LENGTH = 8, 4, 6
