@@ -19,7 +19,14 @@ from tests.support.batches import PRESETS
 from tests.support.calls import CALLS, LOG_PROBS, OBJECTIVE, PLAIN, SAMPLES
 from tests.support.quick import jit
 
-ENTRY = pytest.mark.parametrize("entry", CALLS)
+
+def slow_if(condition):
+  """All entries, of which some are slow."""
+  mark = lambda entry: pytest.mark.slow if condition(entry) else ()
+  return pytest.mark.parametrize("entry", [pytest.param(e, marks=mark(e)) for e in CALLS])
+
+
+ENTRY = slow_if(("levels", "divergences", "corrections").__contains__)  # the packed ones are more
 
 
 def other(x):
@@ -110,13 +117,10 @@ def test_vmap_inside_of_scan_inside_of_shard_map(entry):
 
 
 ALONE = ("linear_loss", "linear_token_log_probs", "objective", "prepare_packed", "by_group")
-slow_but = lambda names: [
-  pytest.param(entry, marks=() if entry in names else pytest.mark.slow) for entry in CALLS
-]
 
 
 @pytest.mark.parametrize("transform", [vectorized, sharded])
-@pytest.mark.parametrize("entry", slow_but(ALONE))
+@slow_if(lambda entry: entry not in ALONE)
 def test_one_argument_may_vary_alone(entry, transform):
   call, pair = case(entry)
   for name in pair:
@@ -281,6 +285,7 @@ def test_check_raises_for_itself_and_in_compiled_code_through_checkify():
     jax.jit(checkify.checkify(checked))(-good[0], *good[1:])[0].throw()
 
 
+@pytest.mark.slow
 def test_check_uncompiled():
   with jax.disable_jit():
     gpo.check(gpo.gpo_objective)(**SAMPLES)
