@@ -10,6 +10,7 @@ rewards.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -27,6 +28,7 @@ from gpo_jax._inputs import (
   promote,
 )
 from gpo_jax._mesh import whole
+from gpo_jax._slots import as_data
 from gpo_jax.traits import slot_function, traits_of
 
 
@@ -345,7 +347,7 @@ def by_group(
   group_ids = as_ids("group_ids", group_ids, remedy)
   check_same_shape(rewards=rewards, group_ids=group_ids)
   flat, ids, where = (whole(x).ravel() for x in (rewards, group_ids, where))
-  slot = Partial(advantage)
+  slot: Any = as_data("advantage", advantage)
   # Nothing that a function of this module closes over changes, so one compilation serves all calls.
   of_samples = _compiled if traits_of(advantage).ours else jax.jit(lambda *args: _of_samples(*args))
   return of_samples(slot, flat, ids, where).reshape(rewards.shape)

@@ -91,16 +91,16 @@ def each_mean(x, m):
   return np.sum(x * m, -1, keepdims=True) / m.sum(-1, keepdims=True) + 0 * x
 
 
-def geometric(x, m, a, clip=0.4):
-  return each_mean(np.where(a > 0, smaller(x, clip), larger(x, -clip)), m)
+def clipped_sequence(x, m, a, low=0.4, high=None):
+  return each_mean(np.where(a > 0, smaller(x, low if high is None else high), larger(x, -low)), m)
 
 
 LEVELS = {
   "token": lambda x, m, a: x,
   "sequence": lambda x, m, a: each_mean(x, m),
   "sequence_token": lambda x, m, a: frozen(each_mean(x, m)) + x - frozen(x),
-  "sequence_sum": lambda x, m, a: each_mean(x, m) * m.sum(-1, keepdims=True),
-  "geometric": geometric,
+  "sequence_product": lambda x, m, a: each_mean(x, m) * m.sum(-1, keepdims=True),
+  "clipped_sequence": clipped_sequence,
 }
 DIVERGENCES = {
   "k1": lambda r, d, m: r,
@@ -111,7 +111,7 @@ DIVERGENCES = {
   "unbiased": lambda r, d, m: np.exp(d) * k3(r),
   "chi2_minus_kl": lambda r, d, m: np.exp(d) * k3(-r),
   "forward_kl": lambda r, d, m: np.exp(frozen(bounded(d - r))) * k3(-r),
-  "sequence_k3": lambda r, d, m: k3(bounded(LEVELS["sequence_sum"](r, m, None))),
+  "sequence_k3": lambda r, d, m: k3(bounded(LEVELS["sequence_product"](r, m, None))),
   "sequence_unbiased": lambda r, d, m: np.exp(bounded(np.cumsum(d * m, -1))) * k3(r),
 }
 WEIGHTINGS = {
@@ -201,13 +201,13 @@ def binary_kl(x, y, noise):
 
 
 def vespo(v, stat, level, **k):
-  x = bounded(stat("sequence_sum", v["new"] - v["old"]))
+  x = bounded(stat("sequence_product", v["new"] - v["old"]))
   power, scale = (np.where(v["a"] < 0, k[f"{n}_neg"], k[f"{n}_pos"]) for n in ("k", "lambda"))
   return np.exp(v["noise"](power * x) - v["noise"](scale * np.expm1(x)))
 
 
 def topr(v, stat, level):
-  taper = np.exp(np.clip(stat("sequence_sum", v["new"] - v["old"]), -20, 0))
+  taper = np.exp(np.clip(stat("sequence_product", v["new"] - v["old"]), -20, 0))
   return np.where(v["a"] < 0, taper, 1)
 
 
@@ -253,7 +253,7 @@ RANGES = {  # of the numbers bound to slots; those in brackets may be absent
   "cispo": {"high": (1.1, 8), "[low]": (0, 0.9)},
   "sapo": {"temperature_pos": (0.3, 2), "temperature_neg": (0.3, 2)},
   "dro": {"beta": (0.1, 2)},
-  "geometric": {"[clip]": (0.05, 1)},
+  "clipped_sequence": {"[low]": (0.05, 1), "[high]": (0.05, 1)},
   "standardize": STANDARD,
   "batch_standardize": STANDARD,
   "decoupled": STANDARD,

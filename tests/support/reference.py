@@ -142,6 +142,11 @@ def advantages_of(batch, formula, groups=None):
 # What papers share.
 
 
+def limits(epsilon_low, epsilon_high):
+  """1 − ε_low and 1 + ε_high, or ε_low on both sides."""
+  return 1 - epsilon_low, 1 + (epsilon_low if epsilon_high is None else epsilon_high)
+
+
 def clipped(ratio, advantage, low, high):
   """min(ρA, clip(ρ, low, high) A)."""
   bounded = ratio
@@ -211,38 +216,40 @@ def mean_of_sums(each):
 # The papers. Every loss is −J.
 
 
-def gpo(batch, log_probs, frozen, *, epsilon=0.2, beta=0.01):
+def gpo(batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=None, beta=0.01):
   """J = mean(min(ρA, clip(ρ)A)) − β mean(ρ(r − log r − 1)), r = π/π_ref, over tokens."""
   surrogates, penalties = [], []
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
     surrogates.append([])
     penalties.append([])
     for token in tokens:
-      surrogates[-1].append(clipped(ratio_of(token), advantage, 1 - epsilon, 1 + epsilon))
+      surrogates[-1].append(clipped(ratio_of(token), advantage, *limits(epsilon_low, epsilon_high)))
       if beta is not None:
         log_r = token.new - token.ref
         penalties[-1].append(ratio_of(token) * (exp(log_r) - log_r - 1))
   return -token_mean(surrogates) + (0 if beta is None else beta * token_mean(penalties))
 
 
-def grpo(batch, log_probs, frozen, *, epsilon=0.2, beta=0.04):
+def grpo(batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=None, beta=0.04):
   """arXiv:2402.03300, Eq. 3 and 4."""
   each = []
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
     each.append([])
     for token in tokens:
-      value = clipped(ratio_of(token), advantage, 1 - epsilon, 1 + epsilon)
+      value = clipped(ratio_of(token), advantage, *limits(epsilon_low, epsilon_high))
       if beta is not None:
         value -= beta * k3(token.new, token.ref)
       each[-1].append(value)
   return -mean_of_means(each)
 
 
-def dr_grpo(batch, log_probs, frozen, *, length, epsilon=0.2):
+def dr_grpo(batch, log_probs, frozen, *, length, epsilon_low=0.2, epsilon_high=None):
   """arXiv:2503.20783: no 1/std, and a constant in the place of 1/|o_i|."""
   each = []
   for advantage, tokens in responses(batch, advantages_of(batch, centered), log_probs, frozen):
-    each.append([clipped(ratio_of(t), advantage, 1 - epsilon, 1 + epsilon) for t in tokens])
+    each.append(
+      [clipped(ratio_of(t), advantage, *limits(epsilon_low, epsilon_high)) for t in tokens]
+    )
   return -mean_of_sums(each) / length
 
 
@@ -250,7 +257,7 @@ def dapo(batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=0.28):
   """arXiv:2503.14476, Eq. 8."""
   each = []
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
-    low, high = 1 - epsilon_low, 1 + epsilon_high
+    low, high = limits(epsilon_low, epsilon_high)
     each.append([clipped(ratio_of(token), advantage, low, high) for token in tokens])
   return -token_mean(each)
 
@@ -259,7 +266,7 @@ def gspo(batch, log_probs, frozen, *, epsilon_low=3e-4, epsilon_high=4e-4):
   """arXiv:2507.18071, Eq. 5 to 7: J = 1/G Σ_i min(s_i A_i, clip(s_i) A_i)."""
   total, count = 0, 0
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
-    total += clipped(geometric_ratio(tokens), advantage, 1 - epsilon_low, 1 + epsilon_high)
+    total += clipped(geometric_ratio(tokens), advantage, *limits(epsilon_low, epsilon_high))
     count += 1
   return -total / max(count, 1)
 
@@ -272,7 +279,7 @@ def gspo_token(batch, log_probs, frozen, *, epsilon_low=3e-4, epsilon_high=4e-4)
     each.append([])
     for token in tokens:
       moving = ratio * exp(token.new - token.frozen)
-      each[-1].append(clipped(moving, advantage, 1 - epsilon_low, 1 + epsilon_high))
+      each[-1].append(clipped(moving, advantage, *limits(epsilon_low, epsilon_high)))
   return -mean_of_means(each)
 
 
@@ -303,8 +310,9 @@ def sapo(batch, log_probs, frozen, *, temperature_pos=1.0, temperature_neg=1.05)
   return -mean_of_means(each)
 
 
-def gmpo(batch, log_probs, frozen, *, clip=0.4):
+def gmpo(batch, log_probs, frozen, *, epsilon_low=0.4, epsilon_high=None):
   """arXiv:2507.20673: A_i (Π_t of clipped ratios)^(1/|o_i|), clipped in log space."""
+  high = epsilon_low if epsilon_high is None else epsilon_high
   total, count = 0, 0
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
     sign = 1 if advantage > 0 else -1
@@ -312,10 +320,10 @@ def gmpo(batch, log_probs, frozen, *, clip=0.4):
     for token in tokens:
       log_ratio = token.new - token.old
       bounded = log_ratio
-      if above("log-ratio over its upper limit", log_ratio, clip, advantage):
-        bounded = clip
-      if not above("log-ratio over its lower limit", log_ratio, -clip, advantage):
-        bounded = -clip
+      if above("log-ratio over its upper limit", log_ratio, high, advantage):
+        bounded = high
+      if not above("log-ratio over its lower limit", log_ratio, -epsilon_low, advantage):
+        bounded = -epsilon_low
       log_sum += sign * smaller(sign * log_ratio, sign * bounded)
     total += advantage * exp(log_sum / len(tokens))
     count += 1
@@ -330,17 +338,21 @@ def rloo(batch, log_probs, frozen):
   return -mean_of_sums(each)
 
 
-def reinforce_plus_plus(batch, log_probs, frozen, *, epsilon=0.2):
+def reinforce_plus_plus(batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=None):
   """arXiv:2501.03262: rewards standardised over the batch, PPO's clip, over tokens."""
   everyone = [index for group in present(batch) for index in group]
   advantages = advantages_of(batch, lambda x: standardized(x, BATCH_EPS), [everyone])
   each = []
   for advantage, tokens in responses(batch, advantages, log_probs, frozen):
-    each.append([clipped(ratio_of(t), advantage, 1 - epsilon, 1 + epsilon) for t in tokens])
+    each.append(
+      [clipped(ratio_of(t), advantage, *limits(epsilon_low, epsilon_high)) for t in tokens]
+    )
   return -token_mean(each)
 
 
-def deepseek_v32(batch, log_probs, frozen, *, epsilon=0.2, beta=0.001, threshold=0.5):
+def deepseek_v32(
+  batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=None, beta=0.001, threshold=0.5
+):
   """arXiv:2512.02556, Eq. 7 to 9: ρ·k3, and a mask of drifted bad responses."""
   each = []
   for advantage, tokens in responses(batch, advantages_of(batch, centered), log_probs, frozen):
@@ -351,19 +363,19 @@ def deepseek_v32(batch, log_probs, frozen, *, epsilon=0.2, beta=0.001, threshold
     each.append([])
     for token in tokens:
       ratio = ratio_of(token)
-      value = keep * clipped(ratio, advantage, 1 - epsilon, 1 + epsilon)
+      value = keep * clipped(ratio, advantage, *limits(epsilon_low, epsilon_high))
       if beta is not None:
         value -= beta * ratio * k3(token.new, token.ref)
       each[-1].append(value)
   return -mean_of_means(each)
 
 
-def r1(batch, log_probs, frozen, *, epsilon=0.2, beta=0.001):
+def r1(batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=None, beta=0.001):
   """arXiv:2501.12948: ratio and k3 of whole outputs, no 1/|o_i|."""
   total, count = 0, 0
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
     log_new, log_old = sum(token.new for token in tokens), sum(token.old for token in tokens)
-    value = clipped(exp(log_new - log_old), advantage, 1 - epsilon, 1 + epsilon)
+    value = clipped(exp(log_new - log_old), advantage, *limits(epsilon_low, epsilon_high))
     if beta is not None:
       value -= beta * k3(log_new, sum(token.ref for token in tokens))
     total += value
@@ -386,7 +398,7 @@ def luspo(batch, log_probs, frozen, *, epsilon_low=3e-4, epsilon_high=4e-4):
   """arXiv:2602.05261: GSPO's term of a response, times its length."""
   total, count = 0, 0
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
-    value = clipped(geometric_ratio(tokens), advantage, 1 - epsilon_low, 1 + epsilon_high)
+    value = clipped(geometric_ratio(tokens), advantage, *limits(epsilon_low, epsilon_high))
     total += len(tokens) * value
     count += 1
   return -total / max(count, 1)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
-from tests import naive
+from tests.support import naive
 
 SEED = int(os.environ.get("GPO_SOAK_SEED", "0"))
 STRUCTURES = int(os.environ.get("GPO_SOAK_STRUCTURES", "210"))

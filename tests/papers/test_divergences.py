@@ -298,7 +298,7 @@ def test_packed_rows_give_the_same(divergence):
 
 def test_the_ratio_of_a_long_response_is_bounded():
   far = jnp.full(8, -15.0)  # e^120 has no float32
-  rollout = gpo.Rollout(jnp.ones(()), jnp.ones(8), jnp.ones(8))
+  rollout = gpo.Rollout(advantages=jnp.ones(1), mask=jnp.ones(8), weights=jnp.ones(8))
   value, slopes = jax.value_and_grad(lambda x: div.sequence_k3(x, None, rollout)[0])(far)
   np.testing.assert_allclose([value, *slopes], [np.exp(20), *[-np.exp(20)] * 8], rtol=1e-6)
 
@@ -309,10 +309,16 @@ def test_the_ratio_of_a_long_response_is_bounded():
 REWARDS = np.random.default_rng(9).normal(size=len(RESPONSES))
 
 
+def rollout_of(weights, old):
+  return gpo.Rollout(
+    advantages=jnp.asarray(REWARDS), mask=MASK, weights=weights, old_log_probs=token_log_probs(old)
+  )
+
+
 def surrogate_estimate(objective, logits, old):
   """E over responses from μ of Σ_t surrogate_t, negated, and its gradient."""
   shares = jnp.where(MASK, jnp.exp(response_log_probs(old))[:, None], 0)
-  rollout = gpo.Rollout(jnp.asarray(REWARDS), MASK, shares, token_log_probs(old))
+  rollout = rollout_of(shares, old)
   return jax.value_and_grad(lambda x: -objective(token_log_probs(x), rollout)[0])(logits)
 
 
@@ -325,7 +331,7 @@ def test_luspo_on_policy_is_the_policy_gradient_and_gspo_is_not():
   assert close(surrogate_estimate(gpo.luspo(), logits, logits)[1], policy_gradient(logits))
   scale = 1 / jnp.sum(jnp.asarray(MASK, float), -1, keepdims=True)
   old_shares = jnp.where(MASK, jnp.exp(response_log_probs(logits))[:, None] * scale, 0)
-  rollout = gpo.Rollout(jnp.asarray(REWARDS), MASK, old_shares, token_log_probs(logits))
+  rollout = rollout_of(old_shares, logits)
   gspo = jax.grad(lambda x: -gpo.gspo()(token_log_probs(x), rollout)[0])(logits)
   assert not close(gspo, policy_gradient(logits))
 
@@ -335,7 +341,7 @@ def test_gspo_weighs_responses_by_its_tilted_policy():
   objective = gpo.gspo(epsilon_low=1e9, epsilon_high=1e9)
   lengths = MASK.sum(-1).astype(float)
   shares = jnp.where(MASK, (jnp.exp(response_log_probs(old)) / lengths)[:, None], 0)
-  rollout = gpo.Rollout(jnp.asarray(REWARDS), MASK, shares, token_log_probs(old))
+  rollout = rollout_of(shares, old)
   value = -objective(token_log_probs(logits), rollout)[0]
   tilt = (1 - 1 / lengths) * response_log_probs(old) + response_log_probs(logits) / lengths
   np.testing.assert_allclose(value, jnp.exp(tilt) @ REWARDS, rtol=1e-12)
@@ -344,10 +350,10 @@ def test_gspo_weighs_responses_by_its_tilted_policy():
 def test_reinforce_and_the_response_ratio_are_the_policy_gradient():
   logits, old, _ = tables(7)
   assert close(surrogate_estimate(gpo.rloo(), logits, logits)[1], policy_gradient(logits))
-  whole_ratio = gpo.r1(epsilon=1e9, beta=None)
+  whole_ratio = gpo.r1(epsilon_low=1e9, beta=None)
   lengths = MASK.sum(-1).astype(float)
   shares = jnp.where(MASK, (jnp.exp(response_log_probs(old)) / lengths)[:, None], 0)
-  rollout = gpo.Rollout(jnp.asarray(REWARDS), MASK, shares, token_log_probs(old))
+  rollout = rollout_of(shares, old)
   gradient = jax.grad(lambda x: -whole_ratio(token_log_probs(x), rollout)[0])(logits)
   assert close(gradient, policy_gradient(logits))  # off-policy: the ratio corrects μ exactly
 
@@ -431,6 +437,6 @@ def test_ties_keep_the_unclipped_gradient(epsilon, dtype):
     )(tie)
     np.testing.assert_allclose(gradient, a * (1 + side * epsilon), rtol=1e-6)
     c = jnp.asarray(0.4, dtype)
-    rollout = gpo.Rollout(jnp.full((), a, dtype), jnp.ones(1), jnp.ones(1))
-    level = jax.grad(lambda d: gpo.levels.geometric(d, rollout, clip=c)[0])(side * c[None])
+    rollout = gpo.Rollout(advantages=jnp.full(1, a, dtype), mask=jnp.ones(1), weights=jnp.ones(1))
+    level = jax.grad(lambda d: gpo.levels.clipped_sequence(d, rollout, low=c)[0])(side * c[None])
     assert level == 1

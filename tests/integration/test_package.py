@@ -1,7 +1,6 @@
 """The package as a stranger meets it: the wheel installed elsewhere, the import, the README."""
 
 import ast
-import inspect
 import pathlib
 import re
 import subprocess
@@ -11,10 +10,9 @@ import zipfile
 import pytest
 
 import gpo_jax
-from tests.support.batches import PRESETS
 from tests.support.blocks import blocks_of, printed_and_written
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -73,24 +71,18 @@ def test_the_readmes_python_blocks_print_what_they_say():
     assert printed == written
 
 
-def preset_row(name):
-  """The README's row of a preset, from the code."""
-  objective = PRESETS[name]
-  say = lambda slot: "–" if slot is None else f"`{slot.func.__name__}`"
-  paper = re.search(r"arXiv:(\d+\.\d+)", getattr(gpo_jax, name).__doc__)
-  link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "below"
-  names = ("advantage", "level", "surrogate", "divergence", "weighting")
-  slots = [say(getattr(objective, slot)) for slot in names]
-  slots.append(", ".join(map(say, objective.corrections)) or "–")
-  return f"| `{name}` | {link} | {' | '.join(slots)} |"
+def test_what_the_pages_list_is_the_codes():
+  run(sys.executable, ROOT / "docs/tables.py", "--check")
 
 
-def test_the_readmes_table_of_presets_is_the_codes():
-  rows = re.findall(r"^\| `\w+` \|.*$", README, re.MULTILINE)
-  assert rows == [preset_row(name) for name in PRESETS]
-  written = inspect.getmembers(gpo_jax.presets, inspect.isfunction)
-  assert {name for name, fn in written if fn.__module__ == "gpo_jax.presets"} == set(PRESETS)
-  assert all(getattr(gpo_jax, name) is getattr(gpo_jax.presets, name) for name in PRESETS)
+def test_every_preset_is_exported():
+  for name in gpo_jax.presets.PRESETS:
+    line = f"from gpo_jax.presets import {name} as {name}"
+    assert hasattr(gpo_jax, name), f"gpo_jax/__init__.py misses: {line}"
+
+
+def test_the_version_is_the_citations():
+  assert f"version: {gpo_jax.__version__}" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_readmes_links_and_commands_exist():
