@@ -41,7 +41,7 @@ def _convert(name: str, value: Any, what: str) -> Array:
 def _show(value: Any, dtype: Any) -> str:
   if value is None:
     return "None"
-  if dtype.kind != "O":
+  if getattr(dtype, "kind", "") != "O":  # a key's dtype has no kind
     text = isinstance(value, str) or jnp.issubdtype(dtype, np.str_)
     return f"text, {value!r:.60}" if text else f"dtype {dtype}"
   return f"{value!r:.60}: for a missing value use NaN and mask that response out"

@@ -77,9 +77,16 @@ def ranges_of(function: str, names: Iterable[str]) -> dict[str, Range]:
 
 def check_range(name: str, value: Any, limits: Range | None = None) -> Any:
   """Checks a number, if its value is known, and returns it."""
-  if value is None or callable(value) or any(_is_traced(x) for x in jax.tree.leaves(value)):
+  if value is None or callable(value) or any(map(_is_unknown, jax.tree.leaves(value))):
     return value
-  limits, known = limits or RANGES[name], np.asarray(value, np.float64)
+  try:
+    known = np.asarray(value)
+    if known.dtype.kind not in "biufV":
+      return value
+    known = known.astype(np.float64)
+  except (TypeError, ValueError):  # not numbers, which their conversion reports
+    return value
+  limits = limits or RANGES[name]
   if not limits.holds(known):
     hint = f": usually {limits.usual}" if limits.usual else ""
     got = f"{known:g}" if not known.ndim else f"{known}"
@@ -87,5 +94,5 @@ def check_range(name: str, value: Any, limits: Range | None = None) -> Any:
   return value
 
 
-def _is_traced(x: Any) -> bool:
+def _is_unknown(x: Any) -> bool:
   return isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)

@@ -54,8 +54,8 @@ def summarize(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
   shape, expected = jnp.shape(terms.loss), validate(rollout).mask.shape
   if shape != expected:
     raise ValueError(
-      f"terms must have the shape of rollout.mask, {list(expected)}; got {list(shape)}: concatenate "
-      "the terms of microbatches (AccumulationType.CONCAT in optax), do not sum them"
+      f"terms must have the shape of rollout.mask, {list(expected)}; got {list(shape)}: "
+      "concatenate the terms of microbatches (AccumulationType.CONCAT in optax), do not sum them"
     )
   _, rollout = clean(terms.loss, rollout, name="terms")
   mask, weights, advantages = rollout.mask, rollout.weights, rollout.advantages

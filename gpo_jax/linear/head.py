@@ -40,13 +40,14 @@ def as_head(hidden: Any, head: Any, of: str = "") -> tuple[jax.Array, Head]:
   """Converts hidden states and a head; `of` is what their names begin with."""
   given = head if isinstance(head, Head) else Head(head)
   hidden = jnp.asarray(as_array(f"{of}hidden", hidden))
-  unembedding = jnp.asarray(as_array(f"{of}head", given.unembedding))
-  got = describe(**{f"{of}hidden": hidden, f"{of}head": unembedding})
+  name = f"{of}head" if given is not head else f"{of}unembedding"
+  unembedding = jnp.asarray(as_array(name, given.unembedding))
+  got = describe(**{f"{of}hidden": hidden, name: unembedding})
   fits = hidden.ndim > 1 and unembedding.ndim == 2 and hidden.shape[-1] == unembedding.shape[1]
   if not fits or 0 in hidden.shape + unembedding.shape:
     raise ValueError(
-      f"{of}hidden must be [..., T, H] and {of}head an unembedding [V, H], or a Head of one, every "
-      f"axis at least 1; got {got}: transpose a kernel [H, V]"
+      f"{of}hidden must be [..., T, H] and {name} [V, H], an unembedding, every axis at least 1; "
+      f"got {got}: transpose a kernel [H, V]"
     )
   bias = given.bias
   if bias is not None:

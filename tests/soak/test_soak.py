@@ -58,7 +58,7 @@ def draw_structure(rng, **forced):
   s["mask"] = pick(rng, [bool, np.int32, np.float32])
   names = (*(s[slot] for slot in naive.SLOTS), *s["corrections"])
   s["keys"] = {x: [y for y in naive.RANGES.get(x, ()) if "[" not in y or often(0.5)] for x in names}
-  s["levels"] = {x: pick(rng, ["token", "sequence", "sequence_sum"]) for x in s["corrections"]}
+  s["levels"] = {x: pick(rng, ["token", "sequence", "sequence_product"]) for x in s["corrections"]}
   s["settings"] = {"compact": pick(rng, [None, True, False])}
   s["settings"] |= {"chunk_size": pick(rng, [None, 1, 3]), "tile_size": pick(rng, [None, 2, 5])}
   return s
@@ -237,7 +237,7 @@ WRONG = {
   "no clip": ("surrogate", "clip", lambda x, a, **k: np.exp(x) * a),
   "differentiated weight": ("surrogate", "cispo", lambda x, a, **k: naive.cispo(x, a, **k) * x),
   "mean of means": ("weighting", "token_mean", naive.WEIGHTINGS["sequence_mean"]),
-  "sum for mean": ("level", "sequence", naive.LEVELS["sequence_sum"]),
+  "sum for mean": ("level", "sequence", naive.LEVELS["sequence_product"]),
   "another ddof": (
     "advantage",
     "standardize",

@@ -223,7 +223,7 @@ def test_a_divergence_of_ones_own_needs_no_reference():
   kl = jnp.abs(jnp.asarray(BATCH.log_probs))
   objective = gpo.grpo().replace(divergence=lambda *_: kl)
   rollout = BATCH.prepare(objective, ref_log_probs=None)
-  loss, terms = objective(BATCH.log_probs, rollout)
+  _, terms = objective(BATCH.log_probs, rollout)
   np.testing.assert_array_equal(terms.divergence, kl)
   with pytest.raises(ValueError, match="without a reference policy.*pass ref_log_probs="):
     objective.replace(divergence=lambda ref, *_: ref**2)(BATCH.log_probs, rollout)
