@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # Workers for the tests; the doctests and the tests share one run.
 JOBS ?= 2
 
-.PHONY: help setup demo test test-all test-lowest lint types bench bench-peers notebooks docs readme build clean
+.PHONY: help setup demo test test-fast test-all test-lowest lint types bench bench-peers bench-device notebooks docs readme build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -55,6 +55,9 @@ demo: setup  ## A small policy learns to add, in about 3 minutes
 test: setup  ## Run the tests, the doctests and the README
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
+test-fast: setup  ## Run what is quick of it, for the inner loop: under a minute
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" -q gpo_jax tests/unit/test_*.py --deselect tests/unit/test_bad_input.py $(ARGS)
+
 test-all: $(VENV)/.clients  ## Run the slow tests too, with every client installed
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
@@ -75,6 +78,9 @@ bench: setup  ## Time and weigh losses beside plain JAX, half an hour; ARGS="--o
 bench-peers:  ## Make the environment of other packages, which `make bench` then times too
 	$(PYTHON) -m venv --clear .venv-peers
 	.venv-peers/bin/python -m pip install --quiet chex google-tunix liger-kernel torch trl
+
+bench-device: setup  ## Parity and times on this accelerator, beside torch and Liger if installed
+	$(BIN)/python -m benchmarks.device $(ARGS)
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
