@@ -55,7 +55,9 @@ vars(forged).update(vars(surrogates.clip))  # the mark too
 
 
 def copied(function):
-  made = types.FunctionType(function.__code__, function.__globals__, "clip", None)
+  made = types.FunctionType(
+    function.__code__, function.__globals__, "clip", None, function.__closure__
+  )
   made.__kwdefaults__ = function.__kwdefaults__
   vars(made).update(vars(function))
   return made
