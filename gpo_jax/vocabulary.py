@@ -16,8 +16,8 @@ def kl(log_probs: jax.Array, ref_log_probs: jax.Array) -> jax.Array:
     Divergences in nats, ≥ 0 up to rounding; inf if π_ref excludes a token that π does not.
 
   Example:
-    >>> print(kl(jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))))
-    0.144
+    >>> print(kl(jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))))
+    [0.144]
 
   Reference: "Rao-Blackwellised" estimation of the KL, as in Amini et al. (2025), arXiv:2504.10637.
   """

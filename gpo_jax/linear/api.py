@@ -54,7 +54,7 @@ def linear_token_log_probs(
 
   Raises:
     ValueError: if shapes or dtypes do not fit.
-    NotImplementedError: for second and forward-mode derivatives.
+    NotImplementedError: for second derivatives. (Forward mode is a TypeError of JAX.)
 
   Example:
     >>> hidden, unembedding = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0], [0.0, 2.0]])
@@ -109,7 +109,7 @@ def linear_loss(
 
   Raises:
     ValueError: if shapes or dtypes do not fit.
-    NotImplementedError: for second and forward-mode derivatives.
+    NotImplementedError: for second derivatives. (Forward mode is a TypeError of JAX.)
 
   Example:
     >>> import gpo_jax as gpo

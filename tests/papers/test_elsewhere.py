@@ -64,7 +64,7 @@ def test_luspo_with_a_penalty_does_not_depend_on_padding(x64):
     rollout = padded.prepare(objective)
     loss, terms = objective(padded.log_probs, rollout)
     lengths = padded.mask.sum(-1).astype(float)
-    per_column = jnp.where(padded.mask, terms.loss, 0).mean(-1) * lengths
+    per_column = np.where(padded.mask, terms.loss, 0).mean(-1) * lengths
     return float(loss), float(per_column.sum() / (lengths > 0).sum())
 
   (ours, theirs), (ours_padded, theirs_padded) = losses(0), losses(4)

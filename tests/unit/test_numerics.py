@@ -194,9 +194,12 @@ def test_a_penalty_at_a_masked_token_is_not_seen():
 @pytest.mark.parametrize("log_ratio", [-9.0, 0.0, 9.0])
 def test_a_nan_clip_is_never_hidden(advantage, log_ratio):
   rollout = rollout_of(2, advantage)
-  level = gpo.levels.clipped_sequence(jnp.full(2, log_ratio), rollout, low=jnp.nan)
-  surrogate = gpo.surrogates.clip(log_ratio, jnp.asarray(advantage), epsilon_low=jnp.nan)
-  cap = gpo.surrogates.clip(log_ratio, jnp.asarray(advantage), max_ratio=jnp.nan)
+  a = jnp.asarray(advantage)
+  level = jax.jit(  # where its value is known it raises
+    lambda nan: gpo.levels.clipped_sequence(jnp.full(2, log_ratio), rollout, low=nan)
+  )(jnp.nan)
+  surrogate = jax.jit(lambda x: gpo.surrogates.clip(log_ratio, a, epsilon_low=x))(jnp.nan)
+  cap = jax.jit(lambda x: gpo.surrogates.clip(log_ratio, a, max_ratio=x))(jnp.nan)
   assert jnp.isnan(level).all()
   assert jnp.isnan(surrogate)
   assert jnp.isnan(cap) or (advantage > 0 and log_ratio > 0)  # clipped before the cap

@@ -105,7 +105,7 @@ def test_terms_that_were_summed_are_caught():
   by_default = microbatching.microbatch(grad_fn, argnums=(1, 2), microbatch_size=2)
   (_, terms), _ = jax.eval_shape(by_default, params, rollout, TOKENS)
   with pytest.raises(
-    ValueError, match=r"shape of rollout.mask; .*\[2, 4, 6\].*\[8, 4, 6\].*CONCAT"
+    ValueError, match=r"shape of rollout.mask, \[8, 4, 6\]; got \[2, 4, 6\].*CONCAT"
   ):
     gpo.summarize(terms, rollout)
 
