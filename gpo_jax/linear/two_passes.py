@@ -98,6 +98,6 @@ def once(tree: Any) -> Any:
 @once.defjvp
 def _once_jvp(primals: tuple, tangents: tuple):
   raise NotImplementedError(
-    "linear_loss and linear_token_log_probs have first derivatives only; for others "
+    "linear_loss and linear_token_log_probs have first reverse-mode derivatives only; for others "
     "use token_log_probs(hidden @ unembedding.T, tokens)"
   )
