@@ -132,7 +132,7 @@ class Objective:
       mask: the tokens that count, `[..., G, T]`, bool or 0/1.
       old_log_probs: log π_old, `[..., G, T]`; None if that is the current policy.
       advantages: in place of rewards, of responses (of the shape of rewards, or `[..., G, 1]`) or
-        of tokens, `[..., G, T]`.
+        of tokens, `[..., G, T]`; what has the mask's shape is of tokens.
       ref_log_probs: log π_ref, `[..., G, T]`; a divergence needs it.
       sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; corrections need it.
       segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is not
@@ -164,12 +164,14 @@ class Objective:
     mask = as_mask("mask", mask)
     if segment_ids is not None:
       segment_ids = _segments.fill(as_segment_ids(segment_ids, mask), mask)
-    if advantages is None:
+    of_rewards = advantages is None
+    if of_rewards:
       advantages = self._advantages(rewards, mask, segment_ids, group_ids)
     elif group_ids is not None:
       raise ValueError("group_ids go with rewards; got advantages, which need no groups")
     advantages = jnp.asarray(as_array("advantages", advantages))
-    if advantages.shape != mask.shape:
+    # A packed row may have as many rewards as tokens: its rewards are of responses all the same.
+    if of_rewards or advantages.shape != mask.shape:
       advantages = _segments.to_tokens(advantages, segment_ids)
     check_numbers(self.weighting)
     weights = self.weighting(mask, segment_ids)

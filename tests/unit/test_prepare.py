@@ -187,6 +187,22 @@ def test_advantages_of_packed_rows():
   np.testing.assert_array_equal(rollout.advantages[ids > 0], [1, 1, 2, 3, 4, 4, 4])
 
 
+def test_as_many_rewards_as_tokens_are_rewards_of_segments():
+  ids = np.array([[1, 1, 1, 2], [1, 2, 2, 2]])
+  rewards = np.array([[1.0, 0.0, 9.0, 9.0], [0.0, 1.0, 9.0, 9.0]], np.float32)
+  prepare = lambda r: gpo.dr_grpo(length=4).prepare(r, ids > 0, segment_ids=ids).advantages
+  expected = [[0.5, 0.5, 0.5, -0.5], [-0.5, 0.5, 0.5, 0.5]]
+  for segments in (2, 3, 4):
+    np.testing.assert_array_equal(prepare(rewards[:, :segments]), expected)
+
+
+def test_advantages_of_the_tokens_of_packed_rows():
+  ids = np.array([[1, 1, 2, 0], [1, 2, 2, 2]])
+  given = np.arange(8, dtype=np.float32).reshape(2, 4)
+  rollout = gpo.dapo().prepare(mask=ids > 0, advantages=given, segment_ids=ids)
+  np.testing.assert_array_equal(rollout.advantages, given)
+
+
 def test_rewards_or_advantages():
   given = np.ones((4, 4), np.float32)
   with pytest.raises(ValueError, match="one of the two; got both"):
