@@ -32,23 +32,34 @@ LINEAR = [
 ]
 
 
-def imports(path: pathlib.Path) -> set[str]:
-  """Finds the modules of the package that a file imports, as dotted names below it."""
+def imports(source: str) -> set[str]:
+  """Finds the modules of the package that a source imports, as dotted names below it."""
   found = set()
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("gpo_jax"):
-      below = node.module.removeprefix("gpo_jax").removeprefix(".")
-      names = {alias.name for alias in node.names}
-      found |= (
-        {below} if below not in ("", "linear") else {f"{below}.{x}".strip(".") for x in names}
-      )
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      dotted = {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"a relative import, line {node.lineno}"
+      whole = node.module not in ("gpo_jax", "gpo_jax.linear")
+      dotted = {node.module if whole else f"{node.module}.{alias.name}" for alias in node.names}
+    else:
+      continue
+    own = {name for name in dotted if name.partition(".")[0] == "gpo_jax"}
+    found |= {name.partition(".")[2] or "__init__" for name in own}
   return found
+
+
+def test_every_kind_of_import_is_found():
+  lines = ["import gpo_jax.levels as x", "from gpo_jax import traits", "import jax, gpo_jax_other"]
+  lines += ["def f():", "  from gpo_jax.linear import api", "  from gpo_jax.presets import grpo"]
+  lines += ["import gpo_jax as gpo"]
+  assert imports("\n".join(lines)) == {"levels", "traits", "linear.api", "presets", "__init__"}
 
 
 def test_modules_import_from_below():
   for path in PACKAGE.rglob("*.py"):
     own = path.relative_to(PACKAGE).with_suffix("").parts[0]
-    for name in imports(path) - {"", own}:
+    for name in imports(path.read_text()):
       other = name.partition(".")[0]
       if other != own:
         assert HEIGHT[other] < HEIGHT[own] or own == "__init__", f"{path.name} imports {name}"
@@ -57,7 +68,7 @@ def test_modules_import_from_below():
 def test_the_linear_path_imports_from_below():
   height = {name: i for i, layer in enumerate(LINEAR) for name in layer}
   for path in (PACKAGE / "linear").glob("*.py"):
-    for name in imports(path):
+    for name in imports(path.read_text()):
       package, _, other = name.partition(".")
       if package == "linear":
         assert height[other] < height[path.stem], f"{path.name} imports {name}"

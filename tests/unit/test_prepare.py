@@ -220,3 +220,21 @@ def test_an_advantage_sees_what_it_closes_over_now():
       rollout = objective.prepare([[1.0, 0.0]], np.ones((1, 2, 1), bool), group_ids=ids)
       seen.append(np.ravel(rollout.advantages))
     np.testing.assert_array_equal(seen, [[1, 0], [0.5, -0.5]], err_msg=kind)
+
+
+class Running:
+  """An advantage with a state: a baseline that moves with each batch."""
+
+  baseline = 0.0
+
+  def __call__(self, rewards, where):
+    advantages = rewards - self.baseline
+    self.baseline = 0.5 * self.baseline + 0.5 * float(jnp.mean(rewards, where=where))
+    return advantages
+
+
+def test_a_running_baseline_runs():
+  objective, mask = gpo.dapo().replace(advantage=Running()), np.ones((1, 2, 1), bool)
+  batches = ([[1.0, 0.0]], [[1.0, 0.0]], [[1.0, 1.0]])
+  seen = [np.ravel(objective.prepare(rewards, mask).advantages) for rewards in batches]
+  np.testing.assert_array_equal(seen, [[1, 0], [0.75, -0.25], [0.625, 0.625]])

@@ -192,6 +192,28 @@ def test_what_is_declared_has_the_gradient_of_the_full_logits():
     assert_same(found, wanted, 2e-5)
 
 
+@pytest.mark.parametrize("declared", [False, True], ids=["undeclared", "declared"])
+def test_integers_and_bools_stay_what_they_are(declared):
+  seen = []
+
+  def surrogate(log_ratio, advantages, *, count, flip):
+    seen.append((count, flip))
+    return log_ratio * advantages if flip else -log_ratio * advantages
+
+  surrogate = gpo.tokenwise(surrogate) if declared else surrogate
+  bound = functools.partial(surrogate, count=2**24 + 1, flip=True)
+  objective = gpo.dapo().replace(surrogate=bound)
+  assert is_enough(objective) == declared
+  rollout = objective.prepare([[1.0, 0.0]], jnp.ones((1, 2, 16)))
+  loss = lambda h: gpo.linear_loss(objective, h, SMALL[1], SMALL[2], rollout)[0]
+  for call in (loss, jax.grad(loss)):
+    seen.clear()
+    assert jnp.isfinite(call(SMALL[0])).all()
+    assert seen
+    assert all(type(count) is int and count == 2**24 + 1 for count, _ in seen)
+    assert all(flip is True for _, flip in seen)
+
+
 def test_numbers_bound_to_ours_do_not_hide_arrays():
   with pytest.raises(ValueError, match="epsilon_low must be a scalar"):
     gpo.dapo().replace(surrogate=functools.partial(surrogates.clip, epsilon_low=DISCOUNT))
