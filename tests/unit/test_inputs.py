@@ -16,18 +16,19 @@ def test_a_missing_reward_is_named_with_its_remedy():
     gpo.grpo().prepare([[1.0, None]], MASK)
 
 
-@pytest.mark.parametrize(
-  ("rewards", "message"),
-  [
-    (np.ma.masked_array(REWARDS), "rewards must not be a masked array"),
-    (REWARDS.astype(np.longdouble), "of a dtype that JAX has; got <f16"),
-    (REWARDS.astype(">f4"), "of a dtype that JAX has; got >f4"),
-    ([[1.0], [1.0, 2.0]], "rewards must be a rectangular array of real numbers"),
-    ([["a", "b"]], "rewards must hold real numbers; got text"),
-    (REWARDS.astype(complex), "rewards must hold real numbers; got dtype complex128"),
-  ],
-)
-def test_what_is_not_an_array_of_real_numbers(rewards, message):
+NOT_ARRAYS = {
+  "masked_array": (np.ma.masked_array(REWARDS), "rewards must not be a masked array"),
+  "long_double": (REWARDS.astype(np.longdouble), "of a dtype that JAX has; got <f16"),
+  "big_endian": (REWARDS.astype(">f4"), "of a dtype that JAX has; got >f4"),
+  "ragged": ([[1.0], [1.0, 2.0]], "rewards must be a rectangular array of real numbers"),
+  "text": ([["a", "b"]], "rewards must hold real numbers; got text"),
+  "complex": (REWARDS.astype(complex), "rewards must hold real numbers; got dtype complex128"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_ARRAYS)
+def test_what_is_not_an_array_of_real_numbers(case):
+  rewards, message = NOT_ARRAYS[case]
   with pytest.raises(ValueError, match=message):
     gpo.grpo().prepare(rewards, MASK)
 
@@ -38,17 +39,18 @@ def test_a_list_of_traced_values_says_what_it_is():
     step(1.0)
 
 
-@pytest.mark.parametrize(
-  ("mask", "value"),
-  [
-    (np.where(MASK, 1, -1) - 2 * np.eye(3, dtype=int)[:2][None], "-1"),
-    (np.full(MASK.shape, 0.5), "0.5"),
-    (np.where(np.arange(3) < 2, 0.0, -1e9) + np.zeros(MASK.shape), "-1000000000"),
-    (jnp.full(MASK.shape, 2), "2"),
-    (np.full(MASK.shape, np.nan), "nan"),
-  ],
-)
-def test_a_mask_is_bools_or_0_and_1(mask, value):
+BAD_MASKS = {
+  "of_1_and_minus_1": (np.where(np.arange(3) < 2, 1, -1) * np.ones(MASK.shape, int), "-1"),
+  "of_a_half": (np.full(MASK.shape, 0.5), "0.5"),
+  "additive": (np.where(np.arange(3) < 2, 0.0, -1e9) + np.zeros(MASK.shape), "-1000000000"),
+  "of_counts": (jnp.full(MASK.shape, 2), "2"),
+  "of_nan": (np.full(MASK.shape, np.nan), "nan"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MASKS)
+def test_a_mask_is_bools_or_0_and_1(case):
+  mask, value = BAD_MASKS[case]
   with pytest.raises(ValueError, match=rf"mask must hold bools or 0 and 1; got {value}"):
     gpo.grpo().prepare(REWARDS, mask)
   with pytest.raises(ValueError, match="mask must hold bools or 0 and 1"):

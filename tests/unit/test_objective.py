@@ -144,30 +144,29 @@ def test_terms_carry_no_gradient():
   np.testing.assert_array_equal(jax.grad(norm)(BATCH.log_probs), 0)
 
 
-def bad_rollouts():
-  good = BATCH.prepare(gpo.deepseek_v32())
-  short = BATCH.old_log_probs[..., :-1]
-  return [
-    ({"old_log_probs": short}, r"old_log_probs must have the shape of mask.*\[4, 4, 5\]"),
-    ({"ref_log_probs": short}, "ref_log_probs must have"),
-    ({"ref_log_probs": None}, "needs rollout.ref_log_probs: pass ref_log_probs="),
-    ({"weights": good.weights[0]}, "weights must have the shape of mask"),
-    (
-      {"advantages": jnp.ones((4, 3))},
-      r"advantages must be .*got advantages \[4, 3\], mask \[4, 4, 6\]",
-    ),
-    ({"segment_ids": jnp.ones((4, 4, 6))}, "segment_ids must be integers"),
-    ({"segment_ids": jnp.ones((4, 4), int)}, r"segment_ids must have .*\[4, 4\]"),
-    ({"factor": jnp.ones(3)}, r"factor must have .*factor \[3\]"),
-    ({"mask": jnp.ones((4, 4, 6), complex)}, "mask must hold bools or 0 and 1"),
-    ({"mask": None}, "mask must hold bools or 0 and 1; got None"),
-    ({"advantages": None}, "advantages must hold real numbers; got None"),
-    ({"weights": None}, "weights must hold real numbers; got None"),
-  ]
+SHORT = BATCH.old_log_probs[..., :-1]
+BAD_ROLLOUTS = {
+  "old": ({"old_log_probs": SHORT}, r"old_log_probs must have the shape of mask.*\[4, 4, 5\]"),
+  "ref": ({"ref_log_probs": SHORT}, "ref_log_probs must have"),
+  "no_ref": ({"ref_log_probs": None}, "needs rollout.ref_log_probs: pass ref_log_probs="),
+  "weights": ({"weights": np.ones((4, 6))}, "weights must have the shape of mask"),
+  "advantages": (
+    {"advantages": np.ones((4, 3))},
+    r"advantages must be .*got advantages \[4, 3\], mask \[4, 4, 6\]",
+  ),
+  "float_ids": ({"segment_ids": np.ones((4, 4, 6))}, "segment_ids must be integers"),
+  "ids": ({"segment_ids": np.ones((4, 4), int)}, r"segment_ids must have .*\[4, 4\]"),
+  "factor": ({"factor": np.ones(3)}, r"factor must have .*factor \[3\]"),
+  "complex_mask": ({"mask": np.ones((4, 4, 6), complex)}, "mask must hold bools or 0 and 1"),
+  "no_mask": ({"mask": None}, "mask must hold bools or 0 and 1; got None"),
+  "no_advantages": ({"advantages": None}, "advantages must hold real numbers; got None"),
+  "no_weights": ({"weights": None}, "weights must hold real numbers; got None"),
+}
 
 
-@pytest.mark.parametrize(("change", "message"), bad_rollouts())
-def test_bad_rollouts(change, message):
+@pytest.mark.parametrize("case", BAD_ROLLOUTS)
+def test_bad_rollouts(case):
+  change, message = BAD_ROLLOUTS[case]
   rollout = BATCH.prepare(gpo.deepseek_v32()).replace(**change)
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(gpo.deepseek_v32(), jnp.asarray(BATCH.log_probs), rollout)
@@ -255,9 +254,9 @@ class Scaled:
 
 def test_an_object_is_called_as_it_is_now():
   surrogate, rollout = Scaled(), BATCH.prepare(gpo.gpg())
-  losses = []
+  objective, losses = gpo.gpg().replace(surrogate=surrogate), []
   for surrogate.scale in (1.0, 3.0):
-    losses.append(gpo.gpg().replace(surrogate=surrogate)(BATCH.log_probs, rollout)[0])
+    losses.append(objective(BATCH.log_probs, rollout)[0])
   np.testing.assert_allclose(losses[1], 3 * losses[0], rtol=1e-5)
 
 

@@ -37,33 +37,49 @@ def test_bad_objectives():
     gpo.dapo(epsilon_low="0.2")
 
 
-WRONG_SLOTS = [
-  (
+WRONG_SLOTS = {
+  "a_level": (
     {"surrogate": levels.sequence},
     r"\(log_ratio, advantages\); sequence takes \(log_ratio, rollout",
   ),
-  (
+  "unknown_number": (
     {"surrogate": functools.partial(surrogates.clip, epsilon=0.2)},
     r"clip\(epsilon=0.2\) does not:",
   ),
-  ({"surrogate": surrogates.cispo}, "surrogate must take .*; cispo does not: .*'high'"),
-  ({"level": divergences.k3}, r"level must take \(log_ratio, rollout\); k3 does not"),
-  (
+  "missing_number": (
+    {"surrogate": surrogates.cispo},
+    "surrogate must take .*; cispo does not: .*'high'",
+  ),
+  "a_divergence": (
+    {"level": divergences.k3},
+    r"level must take \(log_ratio, rollout\); k3 does not",
+  ),
+  "a_weighting_without_ids": (
     {"weighting": lambda mask: mask},
     r"weighting must take \(mask, segment_ids\); <lambda> does not",
   ),
-  ({"advantage": gpo.advantages.by_group}, "advantage must take .*; by_group does not"),
-  ({"corrections": (corrections.topr, lambda x: x)}, "corrections must take .*; <lambda> does not"),
-  (
+  "by_group": (
+    {"advantage": gpo.advantages.by_group},
+    "advantage must take .*; by_group does not",
+  ),
+  "the_second_correction": (
+    {"corrections": (corrections.topr, lambda x: x)},
+    "corrections must take .*; <lambda> does not",
+  ),
+  "entropy_mask": (
     {"corrections": (functools.partial(corrections.entropy_mask, quantile=0.5),)},
     r"entropy_mask.* takes \(entropy, rollout\): pass rollout.replace\(factor=entropy_mask\(",
   ),
-  ({"divergence": divergences.sequence_exact}, r"takes \(kl, .*: bind the KL: lambda _, log_ratio"),
-]
+  "sequence_exact": (
+    {"divergence": divergences.sequence_exact},
+    r"takes \(kl, .*: bind the KL: lambda _, log_ratio",
+  ),
+}
 
 
-@pytest.mark.parametrize(("slot", "message"), WRONG_SLOTS)
-def test_a_function_that_does_not_fit_its_slot(slot, message):
+@pytest.mark.parametrize("case", WRONG_SLOTS)
+def test_a_function_that_does_not_fit_its_slot(case):
+  slot, message = WRONG_SLOTS[case]
   with pytest.raises(ValueError, match=message):
     gpo.grpo().replace(**slot)
 
@@ -74,11 +90,12 @@ def test_a_slot_takes_whatever_can_be_called_as_it_is():
   objective.replace(surrogate=min)  # a builtin whose arguments are not known
 
 
-NOT_ARRAYS = [(lambda *_: None, "None"), (lambda *_: (1.0,), "tuple"), (lambda *_: 1.0, "float")]
+NOT_ARRAYS = {"None": None, "tuple": (1.0,), "float": 1.0}
 
 
-@pytest.mark.parametrize(("function", "got"), NOT_ARRAYS)
-def test_what_a_slot_returns_is_an_array(function, got):
+@pytest.mark.parametrize("got", NOT_ARRAYS)
+def test_what_a_slot_returns_is_an_array(got):
+  function = lambda *_: NOT_ARRAYS[got]
   rollout = BATCH.prepare(gpo.grpo())
   for slot in ("surrogate", "level", "divergence"):
     with pytest.raises(ValueError, match=rf"{slot} must return float32 \[4, 4, 6\].*got {got}"):
