@@ -208,12 +208,12 @@ def main() -> None:
     (args.out / "device.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "DEVICE.md").write_text(markdown(result))
 
+  result["parity"] = parity(QUICK[0] if args.quick else (2048, 512, 8192, 0.3))
+  save()
   for size in QUICK if args.quick else SIZES:
     if time.time() - start < args.seconds:
       result["times"].append(timed(size, 0.5 if args.quick else 4.0, start + args.seconds))
       save()
-  result["parity"] = parity(QUICK[0] if args.quick else (2048, 512, 8192, 0.3))
-  save()
   print(markdown(result))
   print(f"{time.time() - start:.0f} s")
 
