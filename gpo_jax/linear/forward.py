@@ -1,11 +1,23 @@
-"""The forward pass over the vocabulary: log-probabilities and entropies of a chunk of tokens."""
+"""The forward pass over the vocabulary: log-probabilities and entropies of a chunk of tokens.
 
+    log π_y = −log(1 + Σ_{v≠y} e^(z_v − z_y))
+
+The sampled token's own logit is known before the others, from one row of W. Relative to it they
+need no search for the largest first: one pass sums all, while the product's tiles are at hand, and
+keeps for the backward pass the powers, which may be narrow, and not the logits, which may not. Only
+if some token is too improbable for that does a second pass measure from the largest logit.
+"""
+
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpo_jax.linear.head import Head, logits_of, over_tiles
+from gpo_jax.linear.head import Head, logits_of, over_tiles, wider
+
+_TOO_LARGE = 1e20  # for a token of log π < −46: slopes over it would be too small for float32
+_FAR = 1e9  # the reference of tokens that do not count, from which all powers are 0
 
 
 class TokenLogProbs(NamedTuple):
@@ -16,51 +28,35 @@ class TokenLogProbs(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """The logits z of each token so far: m = max z, Σ e^(z−m), Σ (z−m) e^(z−m), and its own logit."""
+  """Sums over the vocabulary of a chunk's logits z, relative to a reference r per token, `[C]`.
 
-  largest: jax.Array
-  total: jax.Array
+  Attributes:
+    reference: r, the own logit z_y, or the largest.
+    gap: z_y − r.
+    others: Σ_{v≠y} e^(z_v − r).
+    excess: Σ_{v≠y} (z_v − r) e^(z_v − r).
+  """
+
+  reference: jax.Array
+  gap: jax.Array
+  others: jax.Array
   excess: jax.Array
-  target: jax.Array
 
-  def add(self, logits: jax.Array, is_token: jax.Array) -> "Seen":
-    """Adds a tile of logits, `[size, C]`."""
-    largest = jnp.maximum(self.largest, jnp.max(logits, axis=0))
-    x = logits - largest[None]
-    power = jnp.exp(x)
-    tile = Seen(
-      largest,
-      jnp.sum(power, axis=0),
-      jnp.sum(jnp.where(power > 0, x * power, 0), axis=0),  # −inf · 0 of a banned token
-      jnp.sum(jnp.where(is_token, logits, 0), axis=0),
-    )
-    return Seen(*(a + b for a, b in zip(self.relative_to(largest), tile, strict=True)))._replace(
-      largest=largest
-    )
+  @property
+  def total(self) -> jax.Array:
+    """Returns Σ_v e^(z_v − r)."""
+    return self.others + jnp.exp(self.gap)
 
-  def relative_to(self, largest: jax.Array) -> "Seen":
-    """Changes m."""
-    gap = self.largest - largest
-    shrink = jnp.exp(gap)
-    excess = shrink * (self.excess + gap * self.total)
-    return Seen(largest, shrink * self.total, excess, self.target)
-
-  def combine(self, axes: tuple[str, ...]) -> "Seen":
-    """Combines what the devices along these axes of a mesh have seen of the vocabulary."""
-    if not axes:
-      return self
-    largest = jax.lax.pmax(self.largest, axes)
-    total, excess, target = jax.lax.psum(self.relative_to(largest)[1:], axes)
-    return Seen(largest, total, excess, target)
+  @property
+  def log_total(self) -> jax.Array:
+    """Returns its logarithm, with all its digits if others are improbable."""
+    return jnp.log1p(self.others + jnp.expm1(self.gap))
 
   def outputs(self) -> TokenLogProbs:
-    """Computes the results, once every tile was seen."""
-    entropy = jnp.log(self.total) - self.excess / self.total
-    return TokenLogProbs(self.log_probs(self.target[None])[0], entropy)
-
-  def log_probs(self, logits: jax.Array) -> jax.Array:
-    """Computes log-probabilities; in this order they keep their digits however large logits are."""
-    return (logits - self.largest[None]) - jnp.log(self.total)[None]
+    """Computes the results."""
+    own = jnp.exp(self.gap)
+    excess = self.excess + jnp.where(own > 0, self.gap * own, 0)  # −inf · 0 of a banned token
+    return TokenLogProbs(self.gap - self.log_total, self.log_total - excess / self.total)
 
 
 def is_token(tokens: jax.Array, start: Any, size: int) -> jax.Array:
@@ -68,32 +64,73 @@ def is_token(tokens: jax.Array, start: Any, size: int) -> jax.Array:
   return (tokens - start)[None] == jnp.arange(size)[:, None]
 
 
+def powers_dtype(hidden: jax.Array, head: Head, narrow: bool) -> Any:
+  """Returns the dtype of e^(z − r): bfloat16 if products are; float16 could not hold them."""
+  dtype = wider(hidden.dtype, head.unembedding.dtype)
+  return dtype if narrow and dtype == jnp.bfloat16 else head.dtype
+
+
 def look(
-  hidden: jax.Array,
+  hidden_of: Callable[[], jax.Array],
   head: Head,
   tokens: jax.Array,
-  known: jax.Array,
+  target: jax.Array,
+  counts: jax.Array,
+  axes: tuple[str, ...],
   tile_size: int,
   narrow: bool,
   buffer: jax.Array | None,
 ) -> tuple[Seen, jax.Array | None]:
-  """Passes over the vocabulary; the logits, `[V, C]`, stay in the buffer, if there is one.
+  """Passes over the vocabulary; powers e^(z − r), `[V, C]`, stay in the buffer, if there is one.
 
-  A token that is not `known` to the vocabulary gets NaN.
+  Args:
+    hidden: h, `[C, H]`.
+    head: W `[V, H]` and what else makes logits, as this device holds it.
+    tokens: the sampled tokens, `[C]`, relative to this device's part of the vocabulary.
+    target: their own logits, `[C]`; NaN for an id outside of the vocabulary.
+    counts: whether they count; the rest get powers of 0.
+    axes: the axes of a mesh that the vocabulary is sharded over.
+    tile_size: how many entries of the vocabulary at a time.
+    narrow: whether products may be of a narrow dtype.
+    buffer: None, or `[V, C]` to be written.
   """
-  vocabulary = head.unembedding.shape[0]
+  vocabulary, zero = head.unembedding.shape[0], jnp.zeros_like(tokens, head.dtype)
+  of_device = lambda x: jax.lax.psum(x, axes) if axes else x  # noqa: E731
 
-  def step(start: Any, size: int, carry: tuple) -> tuple:
-    seen, buffer = carry
-    logits = logits_of(hidden, head, start, size, narrow)
-    seen = seen.add(logits, is_token(tokens, start, size))
-    if size == vocabulary:
-      return seen, logits
-    if buffer is not None:
-      buffer = jax.lax.dynamic_update_slice_in_dim(buffer, logits, start, 0)
-    return seen, buffer
+  def add_up(hidden: jax.Array, reference: jax.Array, powers: jax.Array | None) -> tuple:
+    reference = jnp.where(counts, reference, _FAR)
 
-  zero = jnp.zeros_like(tokens, head.dtype)
-  target = jnp.where(known, zero, jnp.nan)
-  seen = Seen(zero + jnp.finfo(zero.dtype).min / 2, zero, zero, target)
-  return over_tiles(vocabulary, tile_size, step, (seen, buffer))
+    def step(start: Any, size: int, carry: tuple) -> tuple:
+      others, excess, powers = carry
+      x = logits_of(hidden, head, start, size, narrow) - reference[None]
+      power = jnp.where(is_token(tokens, start, size), 0, jnp.exp(x))
+      others += jnp.sum(power, axis=0)
+      excess += jnp.sum(jnp.where(power > 0, x * power, 0), axis=0)
+      if powers is not None:
+        kept = power.astype(powers.dtype)
+        whole = size == vocabulary
+        powers = kept if whole else jax.lax.dynamic_update_slice_in_dim(powers, kept, start, 0)
+      return others, excess, powers
+
+    others, excess, powers = over_tiles(vocabulary, tile_size, step, (zero, zero, powers))
+    others, excess = of_device((others, excess))
+    gap = jnp.where(counts, target - reference, 0)
+    return Seen(reference, gap, others, excess), powers
+
+  def again(carry: tuple) -> tuple:
+    hidden = hidden_of()
+    def step(start: Any, size: int, largest: jax.Array) -> jax.Array:
+      logits = logits_of(hidden, head, start, size, narrow)
+      return jnp.maximum(largest, jnp.max(logits, axis=0))
+
+    largest = over_tiles(vocabulary, tile_size, step, zero + jnp.finfo(zero.dtype).min)
+    largest = jax.lax.pmax(largest, axes) if axes else largest
+    # The compiler must not keep the logits for the second pass: it would reserve their memory.
+    largest, same_hidden = jax.lax.optimization_barrier((largest, hidden))
+    return jnp.zeros_like(carry[0]), *add_up(same_hidden, largest, carry[2])
+
+  seen, powers = add_up(hidden_of(), target, buffer)
+  failed = jnp.any(counts & ~(seen.others + seen.excess < _TOO_LARGE))
+  with jax.named_scope("improbable_tokens"):
+    _, seen, powers = jax.lax.while_loop(lambda carry: carry[0], again, (failed, seen, powers))
+  return seen, powers

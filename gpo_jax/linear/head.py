@@ -110,6 +110,14 @@ def logits_of(hidden: jax.Array, head: Head, start: Any, size: int, narrow: bool
   return scale_logits(logits, bias, head)
 
 
+def own_logits(hidden: jax.Array, head: Head, tokens: jax.Array) -> jax.Array:
+  """Computes each token's own logit, `[C]`; 0 if it is not in this part of the vocabulary."""
+  row = lambda x: x.at[tokens].get(mode="clip").astype(head.dtype)  # noqa: E731
+  products = jnp.sum(hidden.astype(head.dtype) * row(head.unembedding), axis=-1)
+  logits = scale_logits(products, None if head.bias is None else row(head.bias), head)
+  return jnp.where((tokens >= 0) & (tokens < head.unembedding.shape[0]), logits, 0)
+
+
 def scale_logits(products: jax.Array, bias: jax.Array | None, head: Head) -> Any:
   """Computes logits of h Wᵀ."""
   logits = products if bias is None else products + bias.astype(products.dtype)

@@ -87,6 +87,10 @@ class Layout(NamedTuple):
     part = jax.lax.axis_index(self.of_vocabulary) if self.of_vocabulary else jnp.zeros((), int)
     return tokens - size * part.astype(tokens.dtype), (tokens >= 0) & (tokens < size * parts)
 
+  def over_vocabulary(self, x: Any) -> Any:
+    """Sums over the devices that hold parts of the vocabulary."""
+    return jax.lax.psum(x, self.of_vocabulary) if self.of_vocabulary else x
+
   def most(self, count: jax.Array) -> jax.Array:
     """Returns the largest count of all devices if they meet in the loop, which must go alike."""
     axes = self.of_tokens if self.of_vocabulary else ()
@@ -95,10 +99,8 @@ class Layout(NamedTuple):
   def reduce(self, gradients: Gradients) -> Gradients:
     """Sums gradients over the devices that hold their parts, after the loop."""
     hidden, unembedding, bias = gradients
-    if self.of_vocabulary:
-      hidden = jax.lax.psum(hidden, self.of_vocabulary)
     bias = None if bias is None else self._reduce(bias)
-    return Gradients(hidden, self._reduce(unembedding), bias)
+    return Gradients(self.over_vocabulary(hidden), self._reduce(unembedding), bias)
 
   def _reduce(self, x: jax.Array) -> jax.Array:
     rest = set(self.of_tokens)

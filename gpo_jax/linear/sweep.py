@@ -14,20 +14,21 @@ import jax.numpy as jnp
 
 from gpo_jax._inputs import as_size
 from gpo_jax.linear.backward import Gradients, accumulate, zero_gradients
-from gpo_jax.linear.forward import TokenLogProbs, look
-from gpo_jax.linear.head import Head
+from gpo_jax.linear.forward import TokenLogProbs, look, powers_dtype
+from gpo_jax.linear.head import Head, own_logits
 from gpo_jax.linear.mesh import Layout
 
 _CPU = (512, 1024)
-_CHIP = (2048, None)
+_CHIP = (4096, None)
 
 
 class Tiling(NamedTuple):
   """How much is computed at a time; what is None is chosen for the platform that compiles.
 
   Attributes:
-    chunk_size: tokens at a time, per device: 4·chunk_size·V bytes of logits are held, and each
-      chunk reads and writes the unembedding's gradient, 4·V·H bytes. 512 on CPU, 2048 elsewhere.
+    chunk_size: tokens at a time, per device: their powers e^z are held, 2·chunk_size·V bytes if W
+      and h are bfloat16, else twice that, and the unembedding's gradient, 4·V·H bytes, which every
+      chunk reads and writes. 512 on CPU, 4096 elsewhere.
     tile_size: entries of the vocabulary at a time. 1024 on CPU, where a tile stays in the cache, V
       elsewhere.
   """
@@ -95,40 +96,55 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
     lambda x: x.at[order].get(mode="fill", fill_value=0), (hidden, tokens, known, per_token)
   )
 
+  # Of all tokens at once: in the loop a TPU's compiler would copy hidden states for its sake.
+  target = jnp.where(known, layout.over_vocabulary(own_logits(h, head, y)), jnp.nan)
+
   def of_chunk(size: int, start: jax.Array, carry: tuple) -> tuple:
     outputs, gradients, buffer = carry
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
     own_h, own_y, counts = take(h), take(y), start + jnp.arange(size, dtype=jnp.int32) < active
-    seen, logits = look(own_h, head, own_y, take(known), tile, chip, buffer)
-    seen = seen.combine(layout.of_vocabulary)
+    powers = zeros(size) if slopes and tile == vocabulary else buffer
+    seen, powers = look(
+      lambda: take(h), head, own_y, take(target), counts, layout.of_vocabulary, tile, chip, powers
+    )
     own = jax.tree.map(lambda x: jnp.where(counts, x, 0), seen.outputs())
     outputs = jax.tree.map(lambda x, y: _put(x, y, start), outputs, own)
-    if slopes is None or logits is None:
+    if slopes is None or powers is None:
       return outputs, gradients, buffer
     slope = slopes(own.log_probs, jax.tree.map(take, fields))
     slope = jax.tree.map(lambda x: jnp.where(counts, x, 0).astype(dtype), slope)
-    zeros = gradients._replace(hidden=jnp.zeros_like(own_h, dtype))
-    added = accumulate(own_h, head, own_y, seen, logits, slope, tile, chip, zeros)
+    empty = gradients._replace(hidden=jnp.zeros_like(own_h, dtype))
+    added = accumulate(own_h, head, own_y, seen, powers, slope, tile, chip, empty)
     d_hidden = _put(gradients.hidden, added.hidden, start)
-    return outputs, added._replace(hidden=d_hidden), None if buffer is None else logits
+    return outputs, added._replace(hidden=d_hidden), None if buffer is None else powers
+
+  def zeros(size: int) -> jax.Array:
+    # That the compiler cannot foresee: it must not hold the buffers of several loops at once.
+    zero = jnp.where(y[0] == jnp.iinfo(y.dtype).max, 1, 0)
+    return jnp.broadcast_to(zero.astype(powers_dtype(h, head, chip)), (vocabulary, size))
 
   zero = jnp.zeros_like(y, dtype)
   gradients = None if slopes is None else zero_gradients(h, head)
   _, (outputs, gradients) = vary((y, (TokenLogProbs(zero, zero), gradients)))
   start, end = jnp.zeros((), jnp.int32), layout.most(active)
+  if chip and chunk < length and tile == vocabulary and gradients is not None:
+    # The first chunk writes the unembedding's gradient, the others read and write it.
+    first = (outputs, gradients._replace(unembedding=None), None)
+    outputs, gradients, _ = of_chunk(chunk, start, first)
+    start += chunk
   for size in sizes:
-    whole = (end - start) // size
-    count = whole if size != sizes[-1] else -((start - end) // size)
-    # Zeros that the compiler cannot foresee: it must not hold the buffers of both loops at once.
-    zero = jnp.where(outputs.log_probs[0] > jnp.inf, outputs.log_probs[0], 0)
-    buffer = jnp.broadcast_to(zero, (vocabulary, size)) if slopes and tile < vocabulary else None
-    outputs, gradients, _ = jax.lax.fori_loop(
-      0,
-      count,
-      lambda i, carry, size=size, start=start: of_chunk(size, start + i * size, carry),
-      (outputs, gradients, buffer),
-    )
-    start = start + whole * size
+    last = size == sizes[-1]
+    # More than three of the last small chunks are one whole chunk.
+    rest = end - start + (size - 1 if last else size // 4 - 1)
+    buffer = zeros(size) if slopes and tile < vocabulary else None
+    with jax.named_scope("last_chunks" if last else "chunks"):
+      outputs, gradients, _ = jax.lax.fori_loop(
+        0,
+        rest // size,
+        lambda i, carry, size=size, start=start: of_chunk(size, start + i * size, carry),
+        (outputs, gradients, buffer),
+      )
+    start += rest // size * size
   spread = lambda x: x.at[rank].get(mode="fill", fill_value=0)  # noqa: E731
   outputs = jax.tree.map(spread, outputs)
   if gradients is not None:
