@@ -125,7 +125,7 @@ def contestants(size: tuple) -> dict:
   of_dapo = (*inputs, arrays["tokens"], dapo, prepared(dapo, arrays))
   of_gspo = (*inputs, arrays["tokens"], gspo, prepared(gspo, arrays))
   chunks = {
-    f"linear_loss, dapo, chunks of {n}": gpo.Tiling(chunk_size=n) for n in (1024, 2048, 8192)
+    f"linear_loss, dapo, chunks of {n}": gpo.Tiling(chunk_size=n) for n in (2048, 8192)
   }
   return {
     "three products": (products, inputs),

@@ -1,4 +1,4 @@
-"""Reads optimized HLO, the program that a compiler made: cycles, and collectives with their trips."""
+"""Reads optimized HLO, what a compiler made of a program: cycles, collectives and their trips."""
 
 import collections
 import dataclasses
@@ -25,6 +25,7 @@ class Instruction:
   rest: str
 
   def attribute(self, pattern: str) -> str | None:
+    """Finds a part of the line."""
     found = re.search(pattern, self.rest)
     return found[1] if found else None
 
@@ -56,7 +57,7 @@ def size(shape: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """A collective: its kind, the bytes of its result on a device, and how often it runs in a step."""
+  """A collective: its kind, the bytes of its result on a device, and how often it runs."""
 
   kind: str
   bytes: int

@@ -87,7 +87,7 @@ def look(
     hidden: h, `[C, H]`.
     head: W `[V, H]` and what else makes logits, as this device holds it.
     tokens: the sampled tokens, `[C]`, relative to this device's part of the vocabulary.
-    target: their own logits, `[C]`; NaN for an id outside of the vocabulary.
+    target: their own logits, `[C]`; −inf for an id outside of the vocabulary.
     counts: whether they count; the rest get powers of 0.
     axes: the axes of a mesh that the vocabulary is sharded over.
     tile_size: how many entries of the vocabulary at a time.
@@ -119,6 +119,7 @@ def look(
 
   def again(carry: tuple) -> tuple:
     hidden = hidden_of()
+
     def step(start: Any, size: int, largest: jax.Array) -> jax.Array:
       logits = logits_of(hidden, head, start, size, narrow)
       return jnp.maximum(largest, jnp.max(logits, axis=0))

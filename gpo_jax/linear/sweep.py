@@ -19,7 +19,7 @@ from gpo_jax.linear.head import Head, own_logits
 from gpo_jax.linear.mesh import Layout
 
 _CPU = (512, 1024)
-_CHIP = (4096, None)
+_CHIP = (2048, None)
 
 
 class Tiling(NamedTuple):
@@ -28,7 +28,7 @@ class Tiling(NamedTuple):
   Attributes:
     chunk_size: tokens at a time, per device: their powers e^z are held, 2·chunk_size·V bytes if W
       and h are bfloat16, else twice that, and the unembedding's gradient, 4·V·H bytes, which every
-      chunk reads and writes. 512 on CPU, 4096 elsewhere.
+      chunk reads and writes. 512 on CPU, 2048 elsewhere.
     tile_size: entries of the vocabulary at a time. 1024 on CPU, where a tile stays in the cache, V
       elsewhere.
   """
@@ -97,7 +97,7 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
   )
 
   # Of all tokens at once: in the loop a TPU's compiler would copy hidden states for its sake.
-  target = jnp.where(known, layout.over_vocabulary(own_logits(h, head, y)), jnp.nan)
+  target = jnp.where(known, layout.over_vocabulary(own_logits(h, head, y)), -jnp.inf)
 
   def of_chunk(size: int, start: jax.Array, carry: tuple) -> tuple:
     outputs, gradients, buffer = carry
@@ -107,7 +107,9 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
     seen, powers = look(
       lambda: take(h), head, own_y, take(target), counts, layout.of_vocabulary, tile, chip, powers
     )
-    own = jax.tree.map(lambda x: jnp.where(counts, x, 0), seen.outputs())
+    own = seen.outputs()
+    own = own._replace(log_probs=jnp.where(take(known), own.log_probs, jnp.nan))
+    own = jax.tree.map(lambda x: jnp.where(counts, x, 0), own)
     outputs = jax.tree.map(lambda x, y: _put(x, y, start), outputs, own)
     if slopes is None or powers is None:
       return outputs, gradients, buffer
