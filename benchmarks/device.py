@@ -124,9 +124,7 @@ def contestants(size: tuple) -> dict:
   inputs = (arrays["hidden"], arrays["unembedding"])
   of_dapo = (*inputs, arrays["tokens"], dapo, prepared(dapo, arrays))
   of_gspo = (*inputs, arrays["tokens"], gspo, prepared(gspo, arrays))
-  chunks = {
-    f"linear_loss, dapo, chunks of {n}": gpo.Tiling(chunk_size=n) for n in (2048, 8192)
-  }
+  chunks = {f"linear_loss, dapo, chunks of {n}": gpo.Tiling(chunk_size=n) for n in (2048, 8192)}
   return {
     "three products": (products, inputs),
     "linear_loss, dapo": (both(linear), of_dapo),

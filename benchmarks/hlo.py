@@ -5,6 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 _BYTES = {"pred": 1, "bf16": 2}
 _COLLECTIVE = re.compile(
@@ -55,8 +56,7 @@ def size(shape: str) -> int:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
   """A collective: its kind, the bytes of its result on a device, and how often it runs."""
 
   kind: str

@@ -1,0 +1,257 @@
+"""`python -m benchmarks.chips`: what compilers make of a step for chips that are not here.
+
+For TPUs it gives the compiler's own estimate of cycles, loops by their trips, as a multiple of the
+three matrix products on one chip; memory; and every collective, its size and how often it runs. It
+needs `jax[tpu]` in its environment, and one process at a time. Writes CHIPS.md and chips.json.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gpo_jax as gpo
+from benchmarks import hlo, report
+from benchmarks.device import both, full, products
+
+_SLICES = {  # the name of a slice of so many chips, and of the machine that holds it
+  ("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v5e", 256): "v5e:16x16",
+  ("v5p", 1): "v5p:1x1x1", ("v5p", 8): "v5p:2x2x2", ("v5p", 256): "v5p:4x8x8",
+  ("v6e", 1): "v6e:1x1", ("v6e", 8): "v6e:2x4", ("v6e", 256): "v6e:16x16",
+}  # fmt: skip
+_MACHINES = {"v5e": "v5litepod-8", "v5p": "v5p-16", "v6e": "v6e-8"}
+_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+CHUNK = 2048
+
+
+class Layout(NamedTuple):
+  """How a step lies on chips: axes of the mesh, and specs of tokens [P, G, T] and W [V, H]."""
+
+  axes: dict[str, int]
+  tokens: P = P()
+  unembedding: P = P()
+
+
+class Size(NamedTuple):
+  """Tokens per chip in 8 rows, hidden and vocabulary."""
+
+  tokens: int = 8192
+  hidden: int = 4096
+  vocabulary: int = 151_936
+
+
+LAYOUTS = {
+  8: {
+    "data": Layout({"data": 8}, P("data")),
+    "FSDP, W over H": Layout({"data": 8}, P("data"), P(None, "data")),
+    "FSDP, W over V": Layout({"data": 8}, P("data"), P("data")),
+    "data × vocabulary": Layout({"data": 4, "model": 2}, P("data"), P("model")),
+    "FSDP × vocabulary": Layout({"data": 4, "model": 2}, P("data"), P("model", "data")),
+    "sequence": Layout({"data": 4, "seq": 2}, P("data", None, "seq"), P(None, ("data", "seq"))),
+  },
+  256: {
+    "FSDP, W over H": Layout({"data": 256}, P("data"), P(None, "data")),
+    "FSDP × vocabulary": Layout({"data": 64, "model": 4}, P("data"), P("model", "data")),
+  },
+}
+
+
+def topology(kind: str, count: int) -> Any:
+  """Describes so many chips of a kind: `v5e`, `v5p` or `v6e`."""
+  from jax.experimental import topologies
+
+  os.environ.update(_ENVIRONMENT, TPU_ACCELERATOR_TYPE=_MACHINES[kind])
+  one = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
+  return topologies.get_topology_desc(_SLICES[kind, count], "tpu", **one)
+
+
+class Step:
+  """Compiles losses with their gradients for a layout on chips.
+
+  Every chip holds `size.tokens` tokens, none padded: over what else an axis shards, it is so.
+  """
+
+  def __init__(self, kind: str, count: int, layout: Layout, size: Size):
+    devices = np.array(topology(kind, count).devices)
+    self.mesh = Mesh(devices.reshape(*layout.axes.values()), tuple(layout.axes))
+    self.layout, self.size = layout, size
+    parts = [math.prod(layout.axes[a] for a in _names(entry)) for entry in layout.tokens]
+    parts += [1] * (3 - len(parts))
+    self.shape = (parts[0], 8 * parts[1], size.tokens // 8 * parts[2])
+    self.chunk = min(CHUNK, size.tokens)
+
+  def _like(self, shape: tuple, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
+
+  def arrays(self) -> tuple:
+    """Describes hidden states, unembedding and tokens."""
+    of_tokens, size = self.layout.tokens, self.size
+    states = P(*of_tokens, *[None] * (4 - len(of_tokens)))
+    return (
+      self._like((*self.shape, size.hidden), jnp.bfloat16, states),
+      self._like((size.vocabulary, size.hidden), jnp.bfloat16, self.layout.unembedding),
+      self._like(self.shape, jnp.int32, of_tokens),
+    )
+
+  def rollout(self, objective: gpo.Objective) -> gpo.Rollout:
+    """Describes a rollout."""
+    shapes = jax.eval_shape(
+      lambda: objective.prepare(
+        jnp.zeros(self.shape[:2]), jnp.ones(self.shape, bool), jnp.zeros(self.shape)
+      )
+    )
+
+    def like(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+      entries = zip(self.layout.tokens, x.shape, strict=False)
+      return self._like(x.shape, x.dtype, P(*(entry for entry, n in entries if n > 1)))
+
+    return jax.tree.map(like, shapes)
+
+  def products(self) -> dict:
+    """Reports on the three products of a single chip."""
+    hidden, unembedding, _ = self.arrays()
+    return self._report(products, hidden, unembedding)
+
+  def full_logits(self, objective: gpo.Objective) -> dict:
+    """Reports on the loss and its gradients by way of the logits."""
+    loss = lambda h, w, y, r: full(h, w, y, objective, r)  # noqa: E731
+    return self._report(both(loss), *self.arrays(), self.rollout(objective))
+
+  def linear_loss(self, objective: gpo.Objective) -> dict:
+    """Reports on `gpo.linear_loss`."""
+    alone = self.mesh.size == 1
+    sharding = (
+      None if alone else gpo.Sharding(self.mesh, self.layout.tokens, self.layout.unembedding)
+    )
+    loss = functools.partial(_linear, objective, sharding)
+    return self._report(both(loss), *self.arrays(), self.rollout(objective))
+
+  def _report(self, function: Any, *arguments: Any) -> dict:
+    shardings = jax.tree.map(lambda x: x.sharding, arguments[:2])
+    results = (None, shardings) if len(arguments) > 2 else shardings
+    compiled = jax.jit(function, out_shardings=results).lower(*arguments).compile()
+    # What a loop over tokens does depends on the mask: here all count, and none is improbable.
+    first = self.chunk < self.size.tokens
+    trips = {
+      "improbable_tokens": 0,
+      "last_chunks": 0,
+      "chunks": self.size.tokens // self.chunk - first,
+    }
+    program = hlo.Program(compiled.as_text(), trips)
+    return {
+      "cycles": program.cycles(),
+      "temporary": compiled.memory_analysis().temp_size_in_bytes,
+      "collectives": [x._asdict() for x in program.collectives()],
+    }
+
+
+def _linear(objective, sharding, hidden, unembedding, tokens, rollout):
+  return gpo.linear_loss(objective, hidden, unembedding, tokens, rollout, sharding=sharding)[0]
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def one_chip(kind: str, size: Size) -> list[dict]:
+  """Reports on all that one chip is asked to do."""
+  step = Step(kind, 1, Layout({"data": 1}), size)
+  rows = [
+    {"name": "three products", **step.products()},
+    {"name": "full logits, dapo", **step.full_logits(gpo.dapo())},
+    {"name": "linear_loss, dapo", **step.linear_loss(gpo.dapo())},
+    {"name": "linear_loss, gspo", **step.linear_loss(gpo.gspo())},
+  ]
+  return [{"chip": kind, "chips": 1, "ratio": x["cycles"] / rows[0]["cycles"], **x} for x in rows]
+
+
+def meshes(kind: str, count: int, size: Size, unit: float) -> list[dict]:
+  """Reports on `linear_loss` in every layout; `unit` is the three products' cycles on one chip.
+
+  A chip that holds 1/n of the vocabulary should do 1/n of the work, so its ratio is to that.
+  """
+  rows = []
+  for name, layout in LAYOUTS[count].items():
+    rows_of_w = _names(layout.unembedding[0] if layout.unembedding else None)
+    of_tokens = {a for entry in layout.tokens for a in _names(entry)}
+    parts = math.prod(layout.axes[a] for a in rows_of_w if a not in of_tokens)
+    found = Step(kind, count, layout, size).linear_loss(gpo.dapo())
+    row = {"chip": kind, "chips": count, "name": name, "ratio": found["cycles"] / unit * parts}
+    rows.append({**row, **found})
+  return rows
+
+
+def markdown(rows: list[dict], size: Size) -> str:
+  """Lays out CHIPS.md."""
+  lines = [
+    "# Compiled for TPUs",
+    "",
+    f"JAX {jax.__version__}. `make bench-chips` writes this page, on any machine, without a chip.",
+    "",
+    f"Per chip {size.tokens:,} tokens, H {size.hidden:,}, V {size.vocabulary:,}, bfloat16. Cycles "
+    "are the compiler's own estimate, loops counted by their trips, as a multiple of the three "
+    "matrix products on one chip, for its part of the vocabulary. Collectives have no estimate.",
+    "",
+    "## One chip",
+    "",
+  ]
+  head = ["chip", "loss and gradients", "× three products", "temporary GB"]
+  alone = [x for x in rows if x["chips"] == 1]
+  lines += [report.table(head, [_cells(x) for x in alone]), ""]
+  together = [x for x in rows if x["chips"] > 1]
+  if together:
+    head = ["chips", "linear_loss, dapo", *head[2:], "collectives, per step and chip"]
+    cells = [[*_cells(x), _collectives(x["collectives"])] for x in together]
+    lines += ["## Many chips", "", report.table(head, cells), ""]
+  return "\n".join(lines)
+
+
+def _cells(row: dict) -> list[str]:
+  count = f"{row['chips']} × " if row["chips"] > 1 else ""
+  temporary = f"{row['temporary'] / 1e9:.2f}"
+  return [count + row["chip"], row["name"], f"{row['ratio']:.2f}", temporary]
+
+
+def _collectives(found: list[dict]) -> str:
+  large = [x for x in found if x["bytes"] >= 1e6]
+  text = [
+    f"{x['kind']} of {x['bytes'] / 1e6:,.0f} MB" + (f" × {x['trips']}" if x["trips"] > 1 else "")
+    + (" in a loop" if x["in_loop"] else "")
+    for x in large
+  ]  # fmt: skip
+  small = sum(x["trips"] for x in found if x["bytes"] < 1e6)
+  return "; ".join(text + ([f"{small} small"] if small else [])) or "none"
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser("python -m benchmarks.chips")
+  parser.add_argument("--chips", nargs="*", default=list(_MACHINES), choices=list(_MACHINES))
+  parser.add_argument("--counts", nargs="*", type=int, default=list(LAYOUTS), choices=list(LAYOUTS))
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
+  args = parser.parse_args()
+  jax.config.update("jax_platforms", "cpu")
+  args.out.mkdir(parents=True, exist_ok=True)
+  rows, size = [], Size()
+  for kind in args.chips:
+    rows += one_chip(kind, size)
+    if kind == args.chips[0]:  # layouts differ in collectives, which chips hardly do
+      unit = rows[0]["cycles"]
+      for count in args.counts:
+        rows += meshes(kind, count, size, unit)
+    (args.out / "chips.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (args.out / "CHIPS.md").write_text(markdown(rows, size))
+  print(markdown(rows, size))
+
+
+if __name__ == "__main__":
+  main()
