@@ -4,11 +4,11 @@ BIN := $(VENV)/bin
 # Workers for the tests; the doctests and the tests share one run.
 JOBS ?= 2
 
-.PHONY: help setup demo test test-fast test-all test-lowest lint types bench bench-peers bench-device notebooks docs readme build clean
+.PHONY: help setup demo test test-fast test-all test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks docs readme build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp is written last: an interrupted set-up starts again.
 $(VENV)/.complete: pyproject.toml
@@ -83,6 +83,19 @@ bench-peers:  ## Make the environment of other packages, which `make bench` then
 bench-device: setup  ## Parity and times on this accelerator, beside torch and Liger if installed
 	$(BIN)/python -m benchmarks.device $(ARGS)
 
+# Its own environment: where TPUs' library is installed, JAX looks for TPUs.
+.venv-chips/.complete: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-chips
+	.venv-chips/bin/python -m pip install --quiet --upgrade "pip>=24"
+	.venv-chips/bin/python -m pip install --quiet --editable ".[dev,tpu]"
+	@touch $@
+
+bench-chips: .venv-chips/.complete  ## Compile steps for TPUs that are not here, and weigh them; 20 minutes
+	.venv-chips/bin/python -m benchmarks.chips --out benchmarks $(ARGS)
+
+test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs, in about 5 minutes
+	JAX_PLATFORMS=cpu .venv-chips/bin/python -m pytest tests/chips $(ARGS)
+
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
 	$(BIN)/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
@@ -96,5 +109,5 @@ build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## Remove what was built, the virtual environment included
-	rm -rf $(VENV) .venv-lowest .venv-peers dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis bench-output demo-output
+	rm -rf $(VENV) .venv-lowest .venv-peers .venv-chips dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis bench-output demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

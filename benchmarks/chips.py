@@ -127,12 +127,11 @@ class Step:
     loss = lambda h, w, y, r: full(h, w, y, objective, r)  # noqa: E731
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
-  def linear_loss(self, objective: gpo.Objective) -> dict:
-    """Reports on `gpo.linear_loss`."""
-    alone = self.mesh.size == 1
-    sharding = (
-      None if alone else gpo.Sharding(self.mesh, self.layout.tokens, self.layout.unembedding)
-    )
+  def linear_loss(self, objective: gpo.Objective, sharded: bool = True) -> dict:
+    """Reports on `gpo.linear_loss`, which is told how arrays are sharded, or is not."""
+    _, tokens, unembedding = self.layout
+    told = sharded and self.mesh.size > 1
+    sharding = gpo.Sharding(self.mesh, tokens, unembedding) if told else None
     loss = functools.partial(_linear, objective, sharding)
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
@@ -163,6 +162,13 @@ def _names(entry: Any) -> tuple[str, ...]:
   return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
+def vocabulary_parts(layout: Layout) -> int:
+  """Counts the parts of the vocabulary that chips keep to themselves."""
+  of_tokens = {axis for entry in layout.tokens for axis in _names(entry)}
+  rows = _names(layout.unembedding[0]) if len(layout.unembedding) else ()
+  return math.prod(layout.axes[axis] for axis in rows if axis not in of_tokens)
+
+
 def one_chip(kind: str, size: Size) -> list[dict]:
   """Reports on all that one chip is asked to do."""
   step = Step(kind, 1, Layout({"data": 1}), size)
@@ -182,11 +188,13 @@ def meshes(kind: str, count: int, size: Size, unit: float) -> list[dict]:
   """
   rows = []
   for name, layout in LAYOUTS[count].items():
-    rows_of_w = _names(layout.unembedding[0] if layout.unembedding else None)
-    of_tokens = {a for entry in layout.tokens for a in _names(entry)}
-    parts = math.prod(layout.axes[a] for a in rows_of_w if a not in of_tokens)
     found = Step(kind, count, layout, size).linear_loss(gpo.dapo())
-    row = {"chip": kind, "chips": count, "name": name, "ratio": found["cycles"] / unit * parts}
+    row = {
+      "chip": kind,
+      "chips": count,
+      "name": name,
+      "ratio": found["cycles"] / unit * vocabulary_parts(layout),
+    }
     rows.append({**row, **found})
   return rows
 

@@ -1,0 +1,58 @@
+"""Compiled for TPUs: as fast on many chips as on one, and no large collective in a loop.
+
+`make test-chips` runs these, where TPUs' library is installed; a process of its own holds it.
+"""
+
+import functools
+
+import pytest
+
+import gpo_jax as gpo
+from benchmarks import chips
+
+pytest.importorskip("libtpu")
+
+KIND = "v5e"
+SIZE = chips.Size(tokens=4096, hidden=1024, vocabulary=32_768)
+LARGE = 16 * SIZE.tokens  # bytes: a few numbers per token
+
+
+def step(count, layout):
+  return chips.Step(KIND, count, layout, SIZE)
+
+
+@functools.cache
+def alone():
+  return step(1, chips.Layout({"data": 1}))
+
+
+@functools.cache
+def one_chip(name):
+  return alone().linear_loss(getattr(gpo, name)())
+
+
+@pytest.mark.parametrize(("name", "products"), [("dapo", 1.15), ("gspo", 1.5)])
+def test_one_chip_is_faster_than_full_logits_in_less_memory(name, products):
+  """In less than 1.15 times the three products; two passes in less than 1.5 times."""
+  found = one_chip(name)
+  full = alone().full_logits(getattr(gpo, name)())
+  assert found["cycles"] < products * alone().products()["cycles"]
+  assert found["temporary"] < full["temporary"] / 2
+  if name == "dapo":
+    assert found["cycles"] < full["cycles"]
+
+
+@pytest.mark.parametrize("name", chips.LAYOUTS[8])
+def test_a_chip_of_eight_costs_what_one_does(name):
+  layout = chips.LAYOUTS[8][name]
+  found = step(8, layout).linear_loss(gpo.dapo())
+  assert found["cycles"] * chips.vocabulary_parts(layout) < 1.05 * one_chip("dapo")["cycles"]
+  for x in found["collectives"]:
+    assert x["bytes"] <= LARGE or (x["trips"] == 1 and not x["in_loop"])
+
+
+def test_the_control_gathers_in_its_loop():
+  """Without `sharding`, what the compiler gathers it gathers again and again."""
+  layout = chips.LAYOUTS[8]["FSDP, W over H"]
+  found = step(8, layout).linear_loss(gpo.dapo(), sharded=False)
+  assert any(x["bytes"] > LARGE and x["in_loop"] for x in found["collectives"])
