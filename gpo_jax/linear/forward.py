@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax.linear.head import Head, logits_of, over_tiles, wider
+from gpo_jax.linear.mesh import Layout
 
 _TOO_LARGE = 1e20  # for a token of log π < −46: slopes over it would be too small for float32
 _FAR = 1e9  # the reference of tokens that do not count, from which all powers are 0
@@ -76,7 +77,7 @@ def look(
   tokens: jax.Array,
   target: jax.Array,
   counts: jax.Array,
-  axes: tuple[str, ...],
+  layout: Layout,
   tile_size: int,
   narrow: bool,
   buffer: jax.Array | None,
@@ -84,18 +85,17 @@ def look(
   """Passes over the vocabulary; powers e^(z − r), `[V, C]`, stay in the buffer, if there is one.
 
   Args:
-    hidden: h, `[C, H]`.
+    hidden_of: makes h, `[C, H]`: sliced where it is used, it need not be kept for a second pass.
     head: W `[V, H]` and what else makes logits, as this device holds it.
     tokens: the sampled tokens, `[C]`, relative to this device's part of the vocabulary.
     target: their own logits, `[C]`; −inf for an id outside of the vocabulary.
     counts: whether they count; the rest get powers of 0.
-    axes: the axes of a mesh that the vocabulary is sharded over.
+    layout: what other devices hold.
     tile_size: how many entries of the vocabulary at a time.
     narrow: whether products may be of a narrow dtype.
     buffer: None, or `[V, C]` to be written.
   """
   vocabulary, zero = head.unembedding.shape[0], jnp.zeros_like(tokens, head.dtype)
-  of_device = lambda x: jax.lax.psum(x, axes) if axes else x  # noqa: E731
 
   def add_up(hidden: jax.Array, reference: jax.Array, powers: jax.Array | None) -> tuple:
     reference = jnp.where(counts, reference, _FAR)
@@ -113,7 +113,7 @@ def look(
       return others, excess, powers
 
     others, excess, powers = over_tiles(vocabulary, tile_size, step, (zero, zero, powers))
-    others, excess = of_device((others, excess))
+    others, excess = layout.over_vocabulary((others, excess))
     gap = jnp.where(counts, target - reference, 0)
     return Seen(reference, gap, others, excess), powers
 
@@ -125,13 +125,15 @@ def look(
       return jnp.maximum(largest, jnp.max(logits, axis=0))
 
     largest = over_tiles(vocabulary, tile_size, step, zero + jnp.finfo(zero.dtype).min)
-    largest = jax.lax.pmax(largest, axes) if axes else largest
+    if layout.of_vocabulary:
+      largest = jax.lax.pmax(largest, layout.of_vocabulary)
     # The compiler must not keep the logits for the second pass: it would reserve their memory.
     largest, same_hidden = jax.lax.optimization_barrier((largest, hidden))
     return jnp.zeros_like(carry[0]), *add_up(same_hidden, largest, carry[2])
 
   seen, powers = add_up(hidden_of(), target, buffer)
   failed = jnp.any(counts & ~(seen.others + seen.excess < _TOO_LARGE))
+  failed = layout.most(failed.astype(jnp.int32)) > 0
   with jax.named_scope("improbable_tokens"):
     _, seen, powers = jax.lax.while_loop(lambda carry: carry[0], again, (failed, seen, powers))
   return seen, powers

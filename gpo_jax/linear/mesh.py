@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from gpo_jax.linear.backward import Gradients
 from gpo_jax.linear.head import Head
 
 
@@ -96,11 +95,14 @@ class Layout(NamedTuple):
     axes = self.of_tokens if self.of_vocabulary else ()
     return jax.lax.pmax(count, axes) if axes else count
 
-  def reduce(self, gradients: Gradients) -> Gradients:
-    """Sums gradients over the devices that hold their parts, after the loop."""
+  def reduce(self, gradients: Any) -> Any:
+    """Sums `Gradients` over the devices that hold their parts, after the loop."""
     hidden, unembedding, bias = gradients
-    bias = None if bias is None else self._reduce(bias)
-    return Gradients(self.over_vocabulary(hidden), self._reduce(unembedding), bias)
+    return gradients._replace(
+      hidden=self.over_vocabulary(hidden),
+      unembedding=self._reduce(unembedding),
+      bias=None if bias is None else self._reduce(bias),
+    )
 
   def _reduce(self, x: jax.Array) -> jax.Array:
     rest = set(self.of_tokens)

@@ -105,7 +105,7 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
     own_h, own_y, counts = take(h), take(y), start + jnp.arange(size, dtype=jnp.int32) < active
     powers = zeros(size) if slopes and tile == vocabulary else buffer
     seen, powers = look(
-      lambda: take(h), head, own_y, take(target), counts, layout.of_vocabulary, tile, chip, powers
+      lambda: take(h), head, own_y, take(target), counts, layout, tile, chip, powers
     )
     own = seen.outputs()
     own = own._replace(log_probs=jnp.where(take(known), own.log_probs, jnp.nan))

@@ -21,7 +21,7 @@ def looked(logits, tokens, tile_size, counts=True, **settings):
   hidden, head = as_head(rows, gpo.Head(jnp.eye(rows.shape[1], dtype=rows.dtype), **settings))
   target = own_logits(hidden, head, tokens)
   counts = jnp.full(len(rows), counts)
-  seen, _ = look(lambda: hidden, head, tokens, target, counts, (), tile_size, True, None)
+  seen, _ = look(lambda: hidden, head, tokens, target, counts, Layout(), tile_size, True, None)
   return seen.outputs(), bool((seen.reference == target).all())
 
 
