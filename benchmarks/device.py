@@ -23,10 +23,10 @@ from benchmarks import report, torch_device
 from benchmarks.timing import clock, interleave, medians
 
 SIZES = [  # tokens, hidden, vocabulary, padding
-  (8192, 4096, 151936, 0.0),
   (8192, 4096, 151936, 0.3),
-  (32768, 4096, 151936, 0.3),
+  (8192, 4096, 151936, 0.0),
   (8192, 2048, 32768, 0.3),
+  (32768, 4096, 151936, 0.3),
 ]
 QUICK = [(512, 16, 256, 0.3)]
 DTYPES = {"float32": "highest", "float32, default precision": "default", "bfloat16": "default"}
@@ -124,7 +124,7 @@ def contestants(size: tuple) -> dict:
   inputs = (arrays["hidden"], arrays["unembedding"])
   of_dapo = (*inputs, arrays["tokens"], dapo, prepared(dapo, arrays))
   of_gspo = (*inputs, arrays["tokens"], gspo, prepared(gspo, arrays))
-  chunks = {f"linear_loss, dapo, chunks of {n}": gpo.Tiling(chunk_size=n) for n in (2048, 8192)}
+  chunks = {f"linear_loss, dapo, chunks of {n}": gpo.Tiling(chunk_size=n) for n in (1024, 4096)}
   return {
     "three products": (products, inputs),
     "linear_loss, dapo": (both(linear), of_dapo),

@@ -49,6 +49,11 @@ def as_head(hidden: Any, head: Any, of: str = "") -> tuple[jax.Array, Head]:
       f"{of}hidden must be [..., T, H] and {name} [V, H], an unembedding, every axis at least 1; "
       f"got {got}: transpose a kernel [H, V]"
     )
+  if not all(isinstance(size, int) for size in hidden.shape + unembedding.shape):
+    raise ValueError(
+      f"{of}hidden and {name} must have known sizes, to be cut into chunks; got {got}: export with "
+      "a batch of a fixed size, or use token_log_probs(hidden @ unembedding.T, tokens)"
+    )
   bias = given.bias
   if bias is not None:
     bias = jnp.asarray(as_array(f"{of}bias", bias))

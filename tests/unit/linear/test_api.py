@@ -351,3 +351,23 @@ def test_wrong_input_is_named(name):
   function, message = WRONG[name]
   with pytest.raises(ValueError, match=message):
     function()
+
+
+def test_a_symbolic_batch_is_refused_by_name_and_the_way_by_logits_takes_it():
+  (batch,) = jax.export.symbolic_shape("batch")
+  objective = gpo.dapo()
+
+  def step(from_hidden, hidden, unembedding, tokens, rewards, mask, old):
+    rollout = objective.prepare(rewards, mask, old)
+    if from_hidden:
+      return gpo.linear_loss(objective, hidden, unembedding, tokens, rollout)[0]
+    return objective(gpo.token_log_probs(hidden @ unembedding.T, tokens), rollout)[0]
+
+  like = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((batch, *shape), dtype)
+  shapes = (
+    like(4, 6, 8), jax.ShapeDtypeStruct((32, 8), jnp.float32), like(4, 6, dtype=jnp.int32),
+    like(4), like(4, 6, dtype=bool), like(4, 6),
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"known sizes.*got hidden \[batch, 4, 6, 8\].*fixed size"):
+    jax.export.export(jax.jit(functools.partial(step, True)))(*shapes)
+  jax.export.export(jax.jit(functools.partial(step, False)))(*shapes)
