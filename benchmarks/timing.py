@@ -1,6 +1,7 @@
 """Times functions side by side: interleaved rounds, medians."""
 
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -34,7 +35,9 @@ def compiled(function: Callable, arguments: tuple) -> tuple[Clock, dict[str, flo
 
 
 def interleave(clocks: Mapping[str, Clock], seconds: float, least: int) -> dict[str, list[float]]:
-  """Runs each in turn, round after round, and returns the seconds of all their runs.
+  """Runs each once per round, in another order each time, and returns the seconds of all runs.
+
+  What runs after something slow finds a cool chip, so no order may be fixed.
 
   Args:
     clocks: functions that run something once and return its seconds, by name.
@@ -47,10 +50,10 @@ def interleave(clocks: Mapping[str, Clock], seconds: float, least: int) -> dict[
   for run in clocks.values():
     run()
   times: dict[str, list[float]] = {name: [] for name in clocks}
-  start, rounds = time.perf_counter(), 0
+  start, rounds, order = time.perf_counter(), 0, random.Random(0)
   while time.perf_counter() - start < seconds or rounds < least:
-    for name, run in clocks.items():
-      times[name].append(run())
+    for name in order.sample(list(clocks), len(clocks)):
+      times[name].append(clocks[name]())
     rounds += 1
   return times
 

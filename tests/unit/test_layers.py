@@ -21,9 +21,9 @@ LAYERS = [
 HEIGHT = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 LINEAR = [
   {"head"},
+  {"mesh"},
   {"forward"},
   {"backward"},
-  {"mesh"},
   {"sweep"},
   {"two_passes"},
   {"one_pass"},
