@@ -37,7 +37,10 @@ def test_a_preset_has_the_loss_terms_and_gradients_of_the_full_logits(name):
   found = run(objective, HIDDEN, UNEMBEDDING, BIAS, rollout, TOKENS)
   wanted = linear.expected(name)
   (loss, (terms, entropy)), (wanted_loss, (wanted_terms, wanted_entropy)) = found[0], wanted[0]
-  assert_same((loss, found[1]), (wanted_loss, wanted[1]), 2e-5)
+  assert_same(found[1], wanted[1], 2e-5)
+  # The loss is a sum whose terms may cancel: its digits are relative to their size.
+  size = np.sum(np.abs(np.asarray(rollout.weights) * np.where(MASK, wanted_terms.loss, 0)))
+  assert abs(loss - wanted_loss) < 1e-6 * size
   keep = functools.partial(jax.tree.map, lambda x: jnp.where(MASK, x, 0))
   terms = terms.replace(entropy=None) if hasattr(terms, "replace") else terms
   for field in ("loss", "gate", "log_ratio", "divergence", "factor"):
