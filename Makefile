@@ -93,7 +93,7 @@ bench-device: setup  ## Parity and times on this accelerator, beside torch and L
 bench-chips: .venv-chips/.complete  ## Compile steps for TPUs that are not here, and weigh them; 20 minutes
 	.venv-chips/bin/python -m benchmarks.chips --out benchmarks $(ARGS)
 
-test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs, in about 5 minutes
+test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs, in about 10 minutes
 	JAX_PLATFORMS=cpu .venv-chips/bin/python -m pytest tests/chips $(ARGS)
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place

@@ -129,11 +129,11 @@ class Step:
     loss = lambda h, w, y, r: full(h, w, y, objective, r)  # noqa: E731
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
-  def linear_loss(self, objective: gpo.Objective, sharded: bool = True) -> dict:
-    """Reports on `gpo.linear_loss`, which is told how arrays are sharded, or is not."""
+  def linear_loss(self, objective: gpo.Objective) -> dict:
+    """Reports on `gpo.linear_loss`."""
     _, tokens, unembedding = self.layout
-    told = sharded and self.mesh.size > 1
-    sharding = gpo.Sharding(self.mesh, tokens, unembedding) if told else None
+    alone = self.mesh.size == 1
+    sharding = None if alone else gpo.Sharding(self.mesh, tokens, unembedding)
     loss = functools.partial(_linear, objective, sharding)
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
