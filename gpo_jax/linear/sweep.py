@@ -137,16 +137,16 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
   for size in sizes:
     last = size == sizes[-1]
     # More than three of the last small chunks are one whole chunk.
-    rest = end - start + (size - 1 if last else size // 4 - 1)
+    count = jnp.maximum(end - start + (size - 1 if last else size // 4 - 1), 0) // size
     buffer = zeros(size) if slopes and tile < vocabulary else None
     with jax.named_scope("last_chunks" if last else "chunks"):
       outputs, gradients, _ = jax.lax.fori_loop(
         0,
-        rest // size,
+        count,
         lambda i, carry, size=size, start=start: of_chunk(size, start + i * size, carry),
         (outputs, gradients, buffer),
       )
-    start += rest // size * size
+    start += count * size
   spread = lambda x: x.at[rank].get(mode="fill", fill_value=0)  # noqa: E731
   outputs = jax.tree.map(spread, outputs)
   if gradients is not None:

@@ -88,7 +88,7 @@ def test_any_shape_and_tiling(shape, vocabulary, chunk_size, tile_size, seed):
 # --- how much is computed ------------------------------------------------------------------------
 
 
-def chunks_run(mask, tiling):
+def chunks_run(mask, tiling, chip=False):
   """The sizes of the chunks that a sweep runs, in order."""
   size, width, vocabulary = mask.size, 4, 8
   hidden, unembedding, _, tokens = linear.draw(0, (size,), vocabulary, width)
@@ -104,7 +104,7 @@ def chunks_run(mask, tiling):
   @jax.jit
   def sweep(hidden, mask):
     known = jnp.ones(size, bool)
-    return _sweep(tiling, Layout(), slopes, False, hidden, head, tokens, known, mask, mask)
+    return _sweep(tiling, Layout(), slopes, chip, hidden, head, tokens, known, mask, mask)
 
   outputs, gradients = sweep(hidden, jnp.asarray(mask))
   jax.block_until_ready(gradients)
@@ -140,6 +140,21 @@ def some(active, size, place):
 def test_chunks_are_as_many_as_the_active_tokens_fill_and_the_last_ones_smaller(active, sizes):
   """717 of 1,024 tokens cost 768: not two chunks of 512."""
   assert chunks_run(some(active, 1024, "scattered"), gpo.Tiling(512)) == sizes
+
+
+@pytest.mark.parametrize(
+  ("active", "sizes"),
+  [
+    (0, [512]),
+    (1, [512]),
+    (511, [512]),
+    (513, [512, 128]),
+    (717, [512, 128, 128]),
+    (1500, [512, 512, 512]),
+  ],
+)
+def test_on_a_chip_the_first_chunk_always_runs_and_no_token_runs_twice(active, sizes):
+  assert chunks_run(some(active, 2048, "scattered"), gpo.Tiling(512), chip=True) == sizes
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
