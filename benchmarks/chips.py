@@ -7,7 +7,6 @@ needs `jax[tpu]` in its environment, and one process at a time. Writes CHIPS.md 
 
 import argparse
 import concurrent.futures
-import functools
 import json
 import math
 import multiprocessing
@@ -23,7 +22,9 @@ from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
 from benchmarks import hlo, report
-from benchmarks.device import both, full, products
+from benchmarks.device import both, full, linear, products
+from gpo_jax.linear.mesh import axis_names_of
+from gpo_jax.linear.sweep import CHIP
 
 _SLICES = {  # the name of a slice of so many chips, and of the machine that holds it
   ("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v5e", 256): "v5e:16x16",
@@ -32,8 +33,6 @@ _SLICES = {  # the name of a slice of so many chips, and of the machine that hol
 }  # fmt: skip
 _MACHINES = {"v5e": "v5litepod-8", "v5p": "v5p-16", "v6e": "v6e-8"}
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-
-CHUNK = 2048
 
 
 class Layout(NamedTuple):
@@ -80,17 +79,17 @@ def topology(kind: str, count: int) -> Any:
 class Step:
   """Compiles losses with their gradients for a layout on chips.
 
-  Every chip holds `size.tokens` tokens, none padded: over what else an axis shards, it is so.
+  Every chip holds `size.tokens` tokens, none padded: whatever axes shard them.
   """
 
   def __init__(self, kind: str, count: int, layout: Layout, size: Size):
     devices = np.array(topology(kind, count).devices)
     self.mesh = Mesh(devices.reshape(*layout.axes.values()), tuple(layout.axes))
     self.layout, self.size = layout, size
-    parts = [math.prod(layout.axes[a] for a in _names(entry)) for entry in layout.tokens]
+    parts = [math.prod(layout.axes[a] for a in axis_names_of(entry)) for entry in layout.tokens]
     parts += [1] * (3 - len(parts))
     self.shape = (parts[0], 8 * parts[1], size.tokens // 8 * parts[2])
-    self.chunk = min(CHUNK, size.tokens)
+    self.chunk = min(CHIP[0], size.tokens)
 
   def _like(self, shape: tuple, dtype: Any, spec: P) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
@@ -134,7 +133,7 @@ class Step:
     _, tokens, unembedding = self.layout
     alone = self.mesh.size == 1
     sharding = None if alone else gpo.Sharding(self.mesh, tokens, unembedding)
-    loss = functools.partial(_linear, objective, sharding)
+    loss = lambda h, w, y, r: linear(h, w, y, objective, r, sharding=sharding)  # noqa: E731
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
   def _report(self, function: Any, *arguments: Any) -> dict:
@@ -156,18 +155,10 @@ class Step:
     }
 
 
-def _linear(objective, sharding, hidden, unembedding, tokens, rollout):
-  return gpo.linear_loss(objective, hidden, unembedding, tokens, rollout, sharding=sharding)[0]
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-  return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
 def vocabulary_parts(layout: Layout) -> int:
   """Counts the parts of the vocabulary that chips keep to themselves."""
-  of_tokens = {axis for entry in layout.tokens for axis in _names(entry)}
-  rows = _names(layout.unembedding[0]) if len(layout.unembedding) else ()
+  of_tokens = {axis for entry in layout.tokens for axis in axis_names_of(entry)}
+  rows = axis_names_of(layout.unembedding[0]) if len(layout.unembedding) else ()
   return math.prod(layout.axes[axis] for axis in rows if axis not in of_tokens)
 
 

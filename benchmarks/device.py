@@ -63,8 +63,8 @@ def prepared(objective: gpo.Objective, arrays: dict, packed: bool = False) -> gp
   )
 
 
-def linear(hidden, unembedding, tokens, objective, rollout, tiling=None):
-  return gpo.linear_loss(objective, hidden, unembedding, tokens, rollout, tiling=tiling)[0]
+def linear(hidden, unembedding, tokens, objective, rollout, **how):
+  return gpo.linear_loss(objective, hidden, unembedding, tokens, rollout, **how)[0]
 
 
 def full(hidden, unembedding, tokens, objective, rollout, dtype=None):

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-_BYTES = {"pred": 1, "bf16": 2}
 _COLLECTIVE = re.compile(
   r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?"
 )
@@ -50,9 +49,8 @@ class Instruction:
 def size(shape: str) -> int:
   """Computes the bytes of a shape, of a tuple's parts together."""
   return sum(
-    math.prod(int(n) for n in dims.split(",") if n)
-    * _BYTES.get(kind, int(re.sub(r"\D", "", kind + "0")) // 80 or 1)
-    for kind, dims in re.findall(r"\b([a-z]+\d*\w*)\[([\d,]*)\]", shape)
+    math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8
+    for bits, dims in re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape)
   )
 
 
@@ -103,14 +101,9 @@ class Program:
         for called in x.called:
           yield from self._walk(called, count, in_loop)
       elif x.opcode == "fusion":  # its cycles are its own; a collective may hide in it
-        for called in x.called:
-          for y in self._computations[called]:
-            if _COLLECTIVE.fullmatch(y.opcode):
-              yield (
-                dataclasses.replace(y, rest=re.sub("estimated_cycles", "", y.rest)),
-                count,
-                in_loop,
-              )
+        for y in (y for called in x.called for y in self._computations[called]):
+          if _COLLECTIVE.fullmatch(y.opcode):
+            yield dataclasses.replace(y, rest=""), count, in_loop
 
   def trips(self, loop: Instruction) -> int:
     """Returns how often a loop runs.

@@ -51,8 +51,8 @@ class Objective:
   epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
   once, `jax.vmap` over objectives is a sweep and `jax.grad` through one computes meta-gradients: of
   `beta` and of the numbers of all slots but `advantage` and `weighting`, whose results are data and
-  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. The slots in
-  the loss are traced, outside of `jax.jit` too, in each call anew.
+  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. Every call
+  traces the slots in the loss again, even outside `jax.jit`.
 
   Attributes:
     surrogate: a `Surrogate`, maximised; see `gpo_jax.surrogates`.

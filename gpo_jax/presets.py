@@ -173,7 +173,7 @@ def cispo(*, high: chex.Numeric = 4.0, low: chex.Numeric | None = None) -> Objec
   Args:
     high: the largest weight, an absolute bound > 1. The paper does not disclose its own; 4 is
       tinker-cookbook's.
-    low: the smallest weight, an absolute bound; None for none.
+    low: the smallest weight, an absolute bound; None for no lower bound.
 
   Reference: MiniMax (2025), arXiv:2506.13585, Eq. 4 and 5.
   """

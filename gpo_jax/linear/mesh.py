@@ -120,7 +120,8 @@ class Layout(NamedTuple):
     return jax.lax.psum(x, tuple(a for a in self.of_tokens if a in rest)) if rest else x
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def axis_names_of(entry: Any) -> tuple[str, ...]:
+  """Returns the axes of a mesh that an entry of a PartitionSpec names."""
   return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
@@ -158,8 +159,8 @@ def _layout(sharding: Sharding, mesh: Any, hidden: jax.Array, head: Head) -> Lay
   unembedding = (*sharding.unembedding, *[None] * (2 - len(sharding.unembedding)))
   _check("tokens", tokens, hidden.shape[:-1], mesh)
   _check("unembedding", unembedding, head.unembedding.shape, mesh)
-  of_tokens = tuple(name for entry in tokens for name in _names(entry))
-  rows, columns = map(_names, unembedding)
+  of_tokens = tuple(name for entry in tokens for name in axis_names_of(entry))
+  rows, columns = map(axis_names_of, unembedding)
   parallel = bool(rows) and not set(rows) & set(of_tokens)
   return Layout(
     mesh=mesh,
@@ -174,10 +175,10 @@ def _layout(sharding: Sharding, mesh: Any, hidden: jax.Array, head: Head) -> Lay
 def _check(name: str, spec: tuple, shape: tuple[int, ...], mesh: Any) -> None:
   """Checks that a mesh divides an array as its spec says."""
   for entry, size in zip(spec, shape, strict=True):
-    for axis in _names(entry):
+    for axis in axis_names_of(entry):
       if axis not in mesh.axis_names:
         raise ValueError(f"sharding.{name} names {axis!r}; the mesh has axes {mesh.axis_names}")
-    parts = math.prod(mesh.shape[axis] for axis in _names(entry))
+    parts = math.prod(mesh.shape[axis] for axis in axis_names_of(entry))
     if size % parts:
       raise ValueError(
         f"sharding.{name} splits an axis of {size} over {parts} devices ({entry}), which do not "

@@ -1,5 +1,7 @@
 """The loop over chunks of the tokens that count: masked tokens cost nothing, wherever they are.
 
+On accelerators the first of several chunks always runs, and writes the gradient that others add to.
+
 Tokens are flat here, `[N]`. The active ones are gathered to the front once, so that the loop meets
 contiguous chunks and ends when they end: a number of chunks that is known at run time only, and has
 no reverse-mode derivative. `one_pass` and `two_passes` differentiate by hand.
@@ -18,8 +20,7 @@ from gpo_jax.linear.forward import TokenLogProbs, look, powers_dtype
 from gpo_jax.linear.head import Head, own_logits
 from gpo_jax.linear.mesh import Layout
 
-_CPU = (512, 1024)
-_CHIP = (2048, None)
+CPU, CHIP = (512, 1024), (2048, None)  # sizes of chunks and tiles
 
 
 class Tiling(NamedTuple):
@@ -85,7 +86,7 @@ def sweep(
 
 def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_token):
   length, vocabulary = tokens.size, head.unembedding.shape[0]
-  chunk, tile = _CHIP if chip else _CPU
+  chunk, tile = CHIP if chip else CPU
   chunk = min(tiling.chunk_size or chunk, length)
   tile = min(tiling.tile_size or tile or vocabulary, vocabulary)
   # The last tokens go in smaller chunks, so that they do not cost a whole one.
