@@ -24,6 +24,7 @@ from gpo_jax.linear import linear_token_log_probs as linear_token_log_probs
 from gpo_jax.log_probs import exact_kl as exact_kl
 from gpo_jax.log_probs import token_entropy as token_entropy
 from gpo_jax.log_probs import token_log_probs as token_log_probs
+from gpo_jax.merging import merge_metrics as merge_metrics
 from gpo_jax.metrics import summarize as summarize
 from gpo_jax.objective import Objective as Objective
 from gpo_jax.presets import cispo as cispo

@@ -12,7 +12,7 @@ LAYERS = [
   {"types"},
   {"_padding", "_slots"},
   {"surrogates", "levels", "divergences", "weightings", "advantages", "vocabulary"},
-  {"corrections", "log_probs", "metrics"},
+  {"corrections", "log_probs", "merging", "metrics"},
   {"objective", "specification"},
   {"presets"},
   {"linear"},
