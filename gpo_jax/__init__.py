@@ -22,6 +22,7 @@ from gpo_jax.linear import linear_divergence as linear_divergence
 from gpo_jax.linear import linear_loss as linear_loss
 from gpo_jax.linear import linear_token_log_probs as linear_token_log_probs
 from gpo_jax.log_probs import exact_kl as exact_kl
+from gpo_jax.log_probs import token_divergence as token_divergence
 from gpo_jax.log_probs import token_entropy as token_entropy
 from gpo_jax.log_probs import token_log_probs as token_log_probs
 from gpo_jax.merging import merge_metrics as merge_metrics

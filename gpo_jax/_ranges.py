@@ -50,6 +50,7 @@ RANGES = {
   "clipped_sequence.high": _LOG,
   "beta": Range("[)", 0, INF, "a weight such as 0.04; None disables the divergence"),
   "dro.beta": _POSITIVE,
+  "jensen_shannon.beta": Range("()", 0, 1, "0.5; forward_kl and kl are its ends"),
   "cap": Range("(]", 0, INF, "the largest weight, such as 2"),
   "mask_importance.low": Range("[]", 0, INF, "a weight below 1, such as 0.5"),
   "mask_importance.high": Range("(]", 0, INF, "a weight above 1, such as 5"),

@@ -170,7 +170,7 @@ def sequence_exact(kl: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax
   `lambda _, log_ratio, rollout: sequence_exact(kl, log_ratio, rollout)`.
 
   Args:
-    kl: KL(π‖π_ref) at each position, `[..., T]`, from `exact_kl`, with its gradient.
+    kl: KL(π‖π_ref) at each position, `[..., T]`, from `gpo.exact_kl`, with its gradient.
     log_ratio: d_t, `[..., T]`.
     rollout: its mask and segment_ids are used.
 

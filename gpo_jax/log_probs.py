@@ -8,6 +8,7 @@ With the temperature, softcap and support (top-k or top-p) of the sampler, these
 log-probabilities that it sampled from. From hidden states, without logits: `gpo_jax.linear`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -21,7 +22,6 @@ from gpo_jax._inputs import (
   as_number_in_range,
   check_same_shape,
   describe,
-  promote,
 )
 
 
@@ -33,13 +33,14 @@ def token_log_probs(
   support: jax.Array | None = None,
   softcap: chex.Numeric | None = None,
 ) -> jax.Array:
-  """Computes log-probabilities of the sampled tokens.
+  """Computes log-probabilities of the sampled tokens, or of K tokens per position.
 
       log π_t = z_{y_t} − log Σ_v exp(z_v)
 
   Args:
     logits: `[..., T, V]`.
-    tokens: the sampled tokens, `[..., T]` integers in [0, V). An id outside gives NaN.
+    tokens: the sampled tokens, `[..., T]` integers in [0, V), or K ids per position, `[..., T, K]`.
+      An id outside gives NaN.
     temperature: > 0.
     support: bools that broadcast to the logits: probabilities are renormalised over it, and a token
       outside is −inf. `mask[..., None]` keeps what padded logits hold, NaN too, out of the
@@ -47,7 +48,7 @@ def token_log_probs(
     softcap: > 0; None disables it.
 
   Returns:
-    Log-probabilities ≤ 0, `[..., T]`.
+    Log-probabilities ≤ 0, of the shape of tokens.
 
   Raises:
     ValueError: if shapes or dtypes do not fit.
@@ -56,18 +57,24 @@ def token_log_probs(
     >>> logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
     >>> print(token_log_probs(logits, jnp.array([0, 2])))
     [-0.693 -0.223]
+    >>> print(token_log_probs(logits, jnp.array([[0, 1], [2, 0]])))
+    [[-0.693 -1.386]
+     [-0.223 -2.303]]
     >>> print(token_log_probs(logits, jnp.array([0, 2]), support=jnp.array([True, True, False])))
     [-0.405   -inf]
   """
-  logits = _scale(logits, support, temperature, softcap)
-  tokens = as_tokens(tokens, logits.shape[:-1], f"logits {list(logits.shape)}")
-  # A negative id is outside too; NumPy's convention would wrap it around.
-  index = jnp.where(tokens < 0, logits.shape[-1], tokens)[..., None]
-  logit = jnp.take_along_axis(logits, index, axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
+  scaled = _scaling(logits, support, temperature, softcap)
+  z = scaled()
+  tokens = as_tokens(tokens, z.shape[:-1], f"logits {list(z.shape)}", several=True)
+  ids = tokens if tokens.ndim == z.ndim else tokens[..., None]
+  known = (ids >= 0) & (ids < z.shape[-1])
+  # Taken before the scaling, so that no array of scaled logits has to be kept for it.
+  own = scaled(lambda x: jnp.take_along_axis(x, jnp.where(known, ids, 0), axis=-1))
   # Relative to the largest logit, so that the difference keeps its digits however large logits are.
-  largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-  log_probs = logit - largest[..., 0] - jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1))
-  return jnp.where(logit == jnp.finfo(logits.dtype).min, -jnp.inf, log_probs)
+  largest = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
+  log_probs = own - largest - jnp.log(jnp.sum(jnp.exp(z - largest), axis=-1, keepdims=True))
+  log_probs = jnp.where(own == jnp.finfo(own.dtype).min, -jnp.inf, log_probs)
+  return jnp.where(known, log_probs, jnp.nan).reshape(tokens.shape)
 
 
 def token_entropy(
@@ -97,12 +104,13 @@ def token_entropy(
     >>> print(token_entropy(jnp.array([[0.0, 0.0], [0.0, -jnp.inf]])))
     [0.693 0.   ]
   """
-  log_probs = _log_softmax(_scale(logits, support, temperature, softcap))
+  log_probs = _log_softmax(_scaling(logits, support, temperature, softcap)())
   probs = jnp.exp(log_probs)
   return jnp.sum(probs * -jnp.where(probs > 0, log_probs, 0), axis=-1)
 
 
-def exact_kl(
+def token_divergence(
+  function: Callable[[jax.Array, jax.Array], jax.Array],
   logits: jax.Array,
   ref_logits: jax.Array,
   *,
@@ -110,9 +118,9 @@ def exact_kl(
   support: jax.Array | None = None,
   softcap: chex.Numeric | None = None,
 ) -> jax.Array:
-  """Computes KL(π‖π_ref) at each position from both distributions, without sampling noise.
+  """Computes a divergence of whole distributions at each position, without sampling noise.
 
-      KL_t = Σ_v p_v (log p_v − log q_v)
+      function(log π, log π_ref)_t,   such as KL_t = Σ_v p_v (log p_v − log q_v)
 
   As an objective's divergence, close over it: `objective.replace(divergence=lambda *_: kl)`; no
   `ref_log_probs` are needed. That keeps the distribution of states at π_old's;
@@ -120,38 +128,57 @@ def exact_kl(
   off-policy too.
 
   Args:
+    function: a function of `gpo_jax.vocabulary`, or one of its signature.
     logits: of the policy, `[..., T, V]`.
-    ref_logits: of the reference policy, of the same shape; no gradient flows to them.
+    ref_logits: of the reference policy or the teacher, of the same shape; no gradient flows to
+      them.
     temperature: as in `token_log_probs`, for both.
     support: as in `token_log_probs`, for both.
     softcap: as in `token_log_probs`, for both.
 
   Returns:
-    Divergences in nats, `[..., T]`, ≥ 0 up to rounding; inf if π_ref excludes a token that π does
-    not.
+    Divergences, `[..., T]`.
 
   Raises:
     ValueError: if shapes or dtypes do not fit.
 
   Example:
+    >>> logits, teacher = jnp.log(jnp.array([[[0.5, 0.5]], [[0.25, 0.75]]]))
+    >>> print(token_divergence(vocabulary.forward_kl, logits, teacher))
+    [0.131]
+  """
+  check_function(function)
+  scaled = _scaling(logits, support, temperature, softcap)()
+  reference = _scaling(ref_logits, support, temperature, softcap, "ref_logits")()
+  check_same_shape(logits=scaled, ref_logits=reference)
+  return function(_log_softmax(scaled), _log_softmax(jax.lax.stop_gradient(reference)))
+
+
+def exact_kl(logits: jax.Array, ref_logits: jax.Array, **settings: Any) -> jax.Array:
+  """Computes KL(π‖π_ref) at each position: `token_divergence` of `vocabulary.kl`.
+
+  Example:
     >>> print(exact_kl(jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.25, 0.75]]))))
     [0.144]
-
-  Reference: see `vocabulary.kl`.
   """
-  scaled = _scale(logits, support, temperature, softcap)
-  reference = _scale(ref_logits, support, temperature, softcap, "ref_logits")
-  check_same_shape(logits=scaled, ref_logits=reference)
-  return vocabulary.kl(_log_softmax(scaled), _log_softmax(jax.lax.stop_gradient(reference)))
+  return token_divergence(vocabulary.kl, logits, ref_logits, **settings)
 
 
-def as_tokens(tokens: Any, shape: tuple[int, ...], of: str) -> jax.Array:
-  """Converts token ids that have one value per position."""
-  tokens = as_ids("tokens", tokens, "pass the ids of the sampled tokens")
-  if tokens.shape != shape:
+def check_function(function: Any) -> None:
+  """Checks a divergence of distributions."""
+  if not callable(function):
+    raise ValueError(f"function must be one of gpo.vocabulary; got {function!r:.60}")
+
+
+def as_tokens(
+  tokens: Any, shape: tuple[int, ...], of: str, *, several: bool = False, name: str = "tokens"
+) -> jax.Array:
+  """Converts token ids: one per position or, if there may be several, K."""
+  tokens = as_ids(name, tokens, "pass the ids of the sampled tokens")
+  if tokens.shape != shape and not (several and tokens.size and tokens.shape[:-1] == shape):
     raise ValueError(
-      f"tokens must have one id per position, {list(shape)} for {of}; got {list(tokens.shape)}: "
-      "shift them so that position t holds the token sampled from it"
+      f"{name} must have one id per position, {list(shape)} for {of}{', or K' if several else ''}; "
+      f"got {list(tokens.shape)}: shift them so that position t holds the token sampled from it"
     )
   return tokens
 
@@ -160,27 +187,38 @@ def _log_softmax(logits: jax.Array) -> jax.Array:
   return jax.nn.log_softmax(logits, axis=-1)
 
 
-def _scale(
+def _scaling(
   logits: jax.Array,
   support: jax.Array | None,
   temperature: chex.Numeric,
   softcap: chex.Numeric | None,
   name: str = "logits",
-) -> jax.Array:
-  """Scales logits to what enters the softmax; the lowest number outside of the support."""
-  (logits,) = promote(as_array(name, logits))
+) -> Callable[..., jax.Array]:
+  """Checks logits and returns what scales them, or those that it is told to take."""
+  logits = jnp.asarray(as_array(name, logits))
   if not logits.ndim or 0 in logits.shape:
     raise ValueError(
       f"{name} must be [..., T, V] with every axis at least 1; got {list(logits.shape)}"
     )
+  dtype = jnp.float64 if logits.dtype == jnp.float64 else jnp.float32
   if support is not None:
-    support = _as_support(support, logits, name)
-    logits = jnp.where(support, logits, 0)  # what may be NaN must not meet a function with a slope
+    support = jnp.broadcast_to(_as_support(support, logits, name), logits.shape)
   if softcap is not None:
-    softcap = as_number_in_range("softcap", softcap, logits.dtype)
-    logits = softcap * jnp.tanh(logits / softcap)
-  logits = logits / as_number_in_range("temperature", temperature, logits.dtype)
-  return logits if support is None else jnp.where(support, logits, jnp.finfo(logits.dtype).min)
+    softcap = as_number_in_range("softcap", softcap, dtype)
+  temperature = as_number_in_range("temperature", temperature, dtype)
+
+  def scaled(take: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+    """Returns what enters the softmax; the lowest number outside of the support."""
+    z = take(logits).astype(dtype)
+    inside = None if support is None else take(support)
+    if inside is not None:
+      z = jnp.where(inside, z, 0)  # what may be NaN must not meet a function with a slope
+    if softcap is not None:
+      z = softcap * jnp.tanh(z / softcap)
+    z = z / temperature
+    return z if inside is None else jnp.where(inside, z, jnp.finfo(dtype).min)
+
+  return scaled
 
 
 def _as_support(support: Any, logits: jax.Array, name: str) -> jax.Array:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax._inputs import as_mask, check_same_shape
-from gpo_jax.linear import one_pass, two_passes
+from gpo_jax.linear import distributions, few, one_pass, two_passes
 from gpo_jax.linear.forward import TokenLogProbs
-from gpo_jax.linear.head import Head, as_head, dot, scale_logits
+from gpo_jax.linear.head import Head, as_head
 from gpo_jax.linear.mesh import Sharding, layout_of
 from gpo_jax.linear.sweep import Tiling, as_tiling, vary
-from gpo_jax.log_probs import as_tokens
+from gpo_jax.log_probs import as_tokens, check_function
 from gpo_jax.objective import Objective, check_objective, enter, evaluate
 from gpo_jax.traits import traits_of
 from gpo_jax.types import Rollout, Terms
@@ -25,6 +25,7 @@ def linear_token_log_probs(
   tokens: jax.Array,
   *,
   mask: jax.Array | None = None,
+  support: jax.Array | None = None,
   tiling: Tiling | None = None,
   sharding: Sharding | None = None,
 ) -> TokenLogProbs:
@@ -35,6 +36,11 @@ def linear_token_log_probs(
   Differentiable, once, in hidden states, unembedding and bias, through entropies too. The backward
   pass recomputes the logits: four matrix products of tokens × V × H instead of three.
 
+  With K ids per position, one pass over the vocabulary serves all of them; beyond it each costs a
+  row of W per position. With a support, the tokens that the sampler's top-k or top-p kept, v runs
+  over these only: there is no pass over the vocabulary at all. A sampler that truncates without
+  this makes the ratio of an unchanged policy differ from 1.
+
   On many devices pass `sharding` for arrays on a mesh with Auto axes; arrays on Explicit axes, and
   a call inside of `jax.shard_map`, need nothing. Without it an Auto mesh computes the same, slowly:
   the compiler may gather the unembedding, and all tokens, in each chunk.
@@ -43,14 +49,18 @@ def linear_token_log_probs(
     hidden: h, the last hidden states, `[..., T, H]` floats; products are of this dtype (of the
       wider of it and the unembedding's), sums are float32 at least.
     head: the unembedding W, `[V, H]`, or a `Head` with a bias, a softcap or a temperature.
-    tokens: the sampled tokens, `[..., T]` integers in [0, V). An id outside gives NaN.
+    tokens: the sampled tokens, `[..., T]` integers in [0, V), or K ids per position, `[..., T, K]`.
+      An id outside gives NaN.
     mask: the tokens that count, `[..., T]`; None for all. The others get 0, may hold anything, and
       cost nothing.
+    support: ids of the tokens that the sampler kept, `[..., T, S]`, in any order, negative for
+      none; None for the whole vocabulary. A token outside of its support is −inf.
     tiling: how much is computed at a time.
     sharding: how tokens and unembedding lie on a mesh.
 
   Returns:
-    `TokenLogProbs(log_probs, entropy)`, `[..., T]` each, in nats.
+    `TokenLogProbs(log_probs, entropy)` in nats: log_probs of the shape of tokens, the entropy of
+    each position, `[..., T]`, over the support.
 
   Raises:
     ValueError: if shapes or dtypes do not fit.
@@ -61,18 +71,35 @@ def linear_token_log_probs(
     >>> outputs = linear_token_log_probs(hidden, unembedding, jnp.array([0]))
     >>> print(outputs.log_probs, outputs.entropy)
     [-0.693] [0.693]
+    >>> alone = linear_token_log_probs(
+    ...   hidden, unembedding, jnp.array([[0, 1]]), support=jnp.array([[0, -1]])
+    ... )
+    >>> print(alone.log_probs)
+    [[  0. -inf]]
   """
   hidden, head = as_head(hidden, head)
-  tokens = as_tokens(tokens, hidden.shape[:-1], f"hidden {list(hidden.shape)}")
-  mask = jnp.ones_like(tokens, bool) if mask is None else as_mask("mask", mask)
-  check_same_shape(tokens=tokens, mask=mask)
+  of = hidden.shape[:-1], f"hidden {list(hidden.shape)}"
+  tokens = as_tokens(tokens, *of, several=True)
+  ids = tokens if tokens.ndim == hidden.ndim else tokens[..., None]
+  mask = jnp.ones(of[0], bool) if mask is None else as_mask("mask", mask)
+  check_same_shape(tokens=ids[..., 0], mask=mask)
+  if support is not None:
+    support = as_tokens(support, *of, several=True, name="support")
+    support = support if support.ndim == hidden.ndim else support[..., None]
   layout, hidden, head = layout_of(sharding, hidden, head)
-  return _log_probs(as_tiling(tiling), layout, hidden, head, tokens, mask)
+  log_probs, entropy = _log_probs(as_tiling(tiling), layout, hidden, head, ids, mask, support)
+  return TokenLogProbs(log_probs.reshape(tokens.shape), entropy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _log_probs(tiling, layout, *arguments):
-  return two_passes.log_probs(tiling, layout, *vary(arguments))
+  hidden, head, ids, mask, support = vary(arguments)
+  if support is not None:
+    return few.within(layout, hidden, head, ids, mask, support)
+  if ids.shape[-1] > 1:
+    return few.log_probs(tiling, layout, hidden, head, ids, mask)
+  outputs = two_passes.log_probs(tiling, layout, hidden, head, ids[..., 0], mask)
+  return outputs._replace(log_probs=outputs.log_probs[..., None])
 
 
 def linear_loss(
@@ -158,19 +185,25 @@ def linear_divergence(
   *,
   mask: jax.Array | None = None,
   tiling: Tiling | None = None,
+  sharding: Sharding | None = None,
 ) -> jax.Array:
   """Computes a divergence of whole distributions from both hidden states, chunk by chunk.
 
       function(log π, log π_ref)_t,   such as KL_t = Σ_v p_v (log p_v − log q_v)
 
+  As an objective's divergence, close over it: `objective.replace(divergence=lambda *_: kl)`. On a
+  mesh each unembedding is gathered, once; devices that hold parts of the vocabulary share the
+  tokens instead.
+
   Args:
-    function: a function of `gpo_jax.vocabulary`.
+    function: a function of `gpo_jax.vocabulary`, or one of its signature.
     hidden: h of the policy, `[..., T, H]`.
     head: the policy's unembedding, `[V, H]`, or a `Head`.
-    ref_hidden: h of the reference policy, `[..., T, H']`; no gradient flows to it.
-    ref_head: the reference policy's unembedding, `[V, H']`, or a `Head`; no gradient flows to it.
+    ref_hidden: h of the reference policy or the teacher, `[..., T, H']`; no gradient flows to it.
+    ref_head: its unembedding, `[V, H']`, or a `Head`; no gradient flows to it.
     mask: the tokens that count, `[..., T]`; None for all. The others get 0, and may hold anything.
     tiling: its chunk_size is used, 256 if None; several `[chunk_size, V]` are held.
+    sharding: how tokens and both unembeddings lie on a mesh; see `linear_token_log_probs`.
 
   Returns:
     Divergences, `[..., T]`.
@@ -184,8 +217,7 @@ def linear_divergence(
     >>> print(linear_divergence(gpo.vocabulary.kl, hidden, w, jnp.zeros((1, 2)), w))
     [0.111]
   """
-  if not callable(function):
-    raise ValueError(f"function must be one of gpo.vocabulary; got {function!r:.60}")
+  check_function(function)
   hidden, head = as_head(hidden, head)
   ref_hidden, ref_head = jax.lax.stop_gradient(as_head(ref_hidden, ref_head, "ref_"))
   states = ((hidden, head), (ref_hidden, ref_head))
@@ -197,16 +229,5 @@ def linear_divergence(
     )
   mask = jnp.ones(hidden.shape[:-1], bool) if mask is None else as_mask("mask", mask)
   check_same_shape(hidden=hidden[..., 0], mask=mask)
-
-  def of_token(states: tuple[jax.Array, jax.Array]) -> jax.Array:
-    pairs = zip(states, (head, ref_head), strict=True)
-    return function(*(_log_softmax(h, w) for h, w in pairs))
-
-  clean = lambda x: jnp.where(mask[..., None], x, 0).reshape(-1, x.shape[-1])  # noqa: E731
-  size = min(as_tiling(tiling).chunk_size or 256, mask.size)
-  flat = jax.lax.map(jax.checkpoint(of_token), (clean(hidden), clean(ref_hidden)), batch_size=size)
-  return jnp.where(mask, flat.reshape(mask.shape), 0)
-
-
-def _log_softmax(hidden: jax.Array, head: Head) -> jax.Array:
-  return jax.nn.log_softmax(scale_logits(dot("h,vh->v", hidden, head.unembedding), head.bias, head))
+  chunk_size = as_tiling(tiling).chunk_size or 256
+  return distributions.divergence(function, chunk_size, sharding, *states[0], *states[1], mask)

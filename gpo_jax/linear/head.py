@@ -115,16 +115,16 @@ def logits_of(hidden: jax.Array, head: Head, start: Any, size: int, narrow: bool
   return scale_logits(logits, bias, head)
 
 
-def own_logits(hidden: jax.Array, head: Head, tokens: jax.Array) -> jax.Array:
-  """Computes each token's own logit, `[C]`; 0 if it is not in this part of the vocabulary."""
-  row = lambda x: x.at[tokens].get(mode="clip").astype(head.dtype)  # noqa: E731
+def own_products(hidden: jax.Array, head: Head, ids: jax.Array) -> jax.Array:
+  """Computes h·W_id + b_id, one id per position; 0 if it is not in this part of the vocabulary."""
+  row = lambda x: x.at[ids].get(mode="clip").astype(head.dtype)  # noqa: E731
   products = jnp.sum(hidden.astype(head.dtype) * row(head.unembedding), axis=-1)
-  logits = scale_logits(products, None if head.bias is None else row(head.bias), head)
-  return jnp.where((tokens >= 0) & (tokens < head.unembedding.shape[0]), logits, 0)
+  products = products if head.bias is None else products + row(head.bias)
+  return jnp.where((ids >= 0) & (ids < head.unembedding.shape[0]), products, 0)
 
 
 def scale_logits(products: jax.Array, bias: jax.Array | None, head: Head) -> Any:
-  """Computes logits of h Wᵀ."""
+  """Computes logits from h Wᵀ."""
   logits = products if bias is None else products + bias.astype(products.dtype)
   if head.softcap is not None:
     logits = head.softcap * jnp.tanh(logits / head.softcap)

@@ -70,6 +70,18 @@ class Layout(NamedTuple):
     specs: Any = Head(unembedding, bias, number, number)
     return specs._replace(**{name: None for name in head._fields if getattr(head, name) is None})
 
+  @property
+  def whole(self) -> "Layout":
+    """Returns the layout in which each device sees the whole vocabulary."""
+    rows, columns = self.gathered
+    return self._replace(of_vocabulary=(), gathered=(rows + self.of_vocabulary, columns))
+
+  @property
+  def part(self) -> tuple[Any, int]:
+    """Returns which part of the vocabulary is this device's, and of how many."""
+    axes = self.of_vocabulary
+    return jax.lax.axis_index(axes) if axes else 0, math.prod(map(jax.lax.axis_size, axes))
+
   def gather(self, head: Head) -> Head:
     """Gathers what this device needs of the head, before the loop."""
     unembedding, bias = head.unembedding, head.bias
@@ -82,9 +94,9 @@ class Layout(NamedTuple):
 
   def own_tokens(self, tokens: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
     """Numbers tokens relative to this device's part of the vocabulary; marks ids of any part."""
-    size, parts = head.unembedding.shape[0], math.prod(map(jax.lax.axis_size, self.of_vocabulary))
-    part = jax.lax.axis_index(self.of_vocabulary) if self.of_vocabulary else jnp.zeros((), int)
-    return tokens - size * part.astype(tokens.dtype), (tokens >= 0) & (tokens < size * parts)
+    size, (part, parts) = head.unembedding.shape[0], self.part
+    own = tokens - size * jnp.asarray(part, tokens.dtype)
+    return own, (tokens >= 0) & (tokens < size * parts)
 
   def over_vocabulary(self, x: Any) -> Any:
     """Sums over the devices that hold parts of the vocabulary."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from gpo_jax._inputs import as_size
 from gpo_jax.linear.backward import Gradients, accumulate, zero_gradients
 from gpo_jax.linear.forward import TokenLogProbs, look, powers_dtype
-from gpo_jax.linear.head import Head, own_logits
+from gpo_jax.linear.head import Head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
 
 CPU, CHIP = (512, 1024), (2048, None)  # sizes of chunks and tiles
@@ -98,7 +98,8 @@ def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_
   )
 
   # Of all tokens at once: in the loop a TPU's compiler would copy hidden states for its sake.
-  target = jnp.where(known, layout.over_vocabulary(own_logits(h, head, y)), -jnp.inf)
+  own_logits = scale_logits(layout.over_vocabulary(own_products(h, head, y)), None, head)
+  target = jnp.where(known, own_logits, -jnp.inf)
 
   def of_chunk(size: int, start: jax.Array, carry: tuple) -> tuple:
     outputs, gradients, buffer = carry

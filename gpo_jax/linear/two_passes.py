@@ -68,11 +68,18 @@ def on_devices(
       gradients = gradients._replace(hidden=gradients.hidden.reshape(hidden.shape))
     return outputs, gradients
 
-  at, heads = layout.tokens, layout.head_specs(head)
-  states: Any = jax.sharding.PartitionSpec(*at, None)
-  results = (at, None if slopes is None else Gradients(states, heads.unembedding, heads.bias))
-  specs = (states, heads, at, at, at, jax.sharding.PartitionSpec())
+  given, gradients = specs_of(layout, head)
+  at = layout.tokens
+  results = (at, None if slopes is None else gradients)
+  specs = (*given, at, at, at, jax.sharding.PartitionSpec())
   return layout.on_devices(own, specs, results)(hidden, head, tokens, mask, per_token, numbers)
+
+
+def specs_of(layout: Layout, head: Head) -> tuple[tuple, Gradients]:
+  """Returns the specs of hidden states and head, and of their gradients."""
+  states: Any = jax.sharding.PartitionSpec(*layout.tokens, None)
+  heads = layout.head_specs(head)
+  return (states, heads), Gradients(states, heads.unembedding, heads.bias)
 
 
 def in_dtypes(gradients: Any, hidden: jax.Array, head: Head) -> tuple[jax.Array, Head]:

@@ -26,7 +26,7 @@ LINEAR = [
   {"backward"},
   {"sweep"},
   {"two_passes"},
-  {"one_pass"},
+  {"one_pass", "few", "distributions"},
   {"api"},
   {"__init__"},
 ]

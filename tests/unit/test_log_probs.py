@@ -39,6 +39,10 @@ def pick(x, tokens):
   return np.take_along_axis(np.asarray(x), np.asarray(tokens)[..., None], -1)[..., 0]
 
 
+def pick_all(x, ids):
+  return np.take_along_axis(np.asarray(x), np.asarray(ids), -1)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 def test_log_probs_entropy_and_kl_are_the_formulas(name):
   log_p, log_q = (log_softmax(x, **SETTINGS[name]) for x in (LOGITS, REFERENCE))
@@ -49,6 +53,29 @@ def test_log_probs_entropy_and_kl_are_the_formulas(name):
   kl = gpo.exact_kl(LOGITS, REFERENCE, **SETTINGS[name])
   expected = mean_under(np.exp(log_p), log_p - np.where(np.isinf(log_q), 0, log_q))
   np.testing.assert_allclose(kl, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["plain", "all"])
+def test_several_ids_per_position_are_each_as_if_alone(name):
+  ids = np.random.default_rng(4).integers(0, VOCABULARY, (*SHAPE, 3))
+  ids[..., 2] = ids[..., 0]  # the same twice
+  slopes = np.random.default_rng(5).normal(size=ids.shape).astype(np.float32)
+  slopes = np.where(np.isfinite(pick_all(log_softmax(LOGITS, **SETTINGS[name]), ids)), slopes, 0)
+
+  def total(logits, tokens, weights):
+    log_probs = gpo.token_log_probs(logits, tokens, **SETTINGS[name])
+    return jnp.sum(weights * jnp.where(weights == 0, 0, log_probs)), log_probs
+
+  step = linear.jit(jax.grad(total, has_aux=True))
+  alone = [step(LOGITS, ids[..., k], slopes[..., k]) for k in range(3)]
+  gradient, found = step(LOGITS, ids, slopes)
+  np.testing.assert_array_equal(found, np.stack([x for _, x in alone], -1))
+  np.testing.assert_allclose(gradient, sum(x for x, _ in alone), atol=2e-6)
+  outside = ids.copy()
+  outside[..., 1], outside[..., 0] = VOCABULARY, -1
+  found = gpo.token_log_probs(LOGITS, outside, **SETTINGS[name])
+  assert jnp.isnan(found[..., :2]).all()
+  assert not jnp.isnan(found[..., 2]).any()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])

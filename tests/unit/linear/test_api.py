@@ -283,6 +283,49 @@ def test_a_divergence_may_be_one_s_own():
   np.testing.assert_allclose(found, total_variation(*log_probs), rtol=1e-5)
 
 
+def test_a_divergence_s_head_gradient_is_added_up_in_float32():
+  tokens, chunk = 2048, 16
+  rng = np.random.default_rng(0)
+  hidden, w = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((tokens, 8), (32, 8)))
+
+  def gradient(chunk_size, dtype):
+    how = {"tiling": gpo.Tiling(chunk_size)}
+    states = (hidden.astype(dtype), w.astype(dtype), hidden.astype(dtype) / 2, w.astype(dtype))
+    kl = lambda w: jnp.sum(
+      gpo.linear_divergence(gpo.vocabulary.kl, states[0], w, *states[2:], **how)
+    )
+    return jnp.asarray(jax.jit(jax.grad(kl))(states[1]), jnp.float32)
+
+  exact = gradient(tokens, jnp.float32)
+  assert linear.relative_error(gradient(chunk, jnp.bfloat16), exact) < 1e-2
+  assert linear.relative_error(gradient(tokens, jnp.bfloat16), exact) < 1e-2
+
+
+def test_a_divergence_in_a_loss_from_hidden_states():
+  """The documented two lines, beside the full logits."""
+  reference = linear.draw(7)[:3]
+  rollout = near("gspo")
+  objective = lambda kl: PRESETS["gspo"].replace(divergence=lambda *_: kl, beta=0.5)
+
+  def from_states(hidden, unembedding, bias):
+    heads = (gpo.Head(*x, **SETTINGS) for x in ((unembedding, bias), reference[1:]))
+    head, ref_head = heads
+    kl = gpo.linear_divergence(
+      gpo.vocabulary.forward_kl, hidden, head, reference[0], ref_head, mask=MASK
+    )
+    return gpo.linear_loss(objective(kl), hidden, head, TOKENS, rollout, tiling=SOME)[0], None
+
+  def from_full(*state):
+    logits = (linear.logits_of(*x) for x in (state, reference))
+    kl = gpo.token_divergence(gpo.vocabulary.forward_kl, *logits, **SETTINGS)
+    return objective(kl)(linear.log_probs_of(*state).log_probs, rollout)[0], None
+
+  found, wanted = (
+    step(f, argnums=(0, 1, 2))(HIDDEN, UNEMBEDDING, BIAS) for f in (from_states, from_full)
+  )
+  assert_same(found, wanted, 2e-5)
+
+
 def test_a_divergence_holds_several_chunks_of_logits():
   tokens, vocabulary, width = 1024, 8192, 8
 

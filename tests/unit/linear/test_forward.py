@@ -8,7 +8,7 @@ import pytest
 import gpo_jax as gpo
 from gpo_jax.linear.backward import Slopes
 from gpo_jax.linear.forward import look
-from gpo_jax.linear.head import as_head, own_logits
+from gpo_jax.linear.head import as_head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
 from gpo_jax.linear.sweep import _sweep
 
@@ -19,7 +19,7 @@ def looked(logits, tokens, tile_size, counts=True, **settings):
   """What is seen of given logits, those of one-hot hidden states, and whether a pass was enough."""
   rows, tokens = jnp.asarray(logits), jnp.asarray(tokens)
   hidden, head = as_head(rows, gpo.Head(jnp.eye(rows.shape[1], dtype=rows.dtype), **settings))
-  target = own_logits(hidden, head, tokens)
+  target = scale_logits(own_products(hidden, head, tokens), None, head)
   counts = jnp.full(len(rows), counts)
   seen, _ = look(lambda: hidden, head, tokens, target, counts, Layout(), tile_size, True, None)
   return seen.outputs(), bool((seen.reference == target).all())

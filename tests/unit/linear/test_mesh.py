@@ -158,6 +158,67 @@ def test_log_probs_on_a_mesh():
   assert_same(jax.device_get(found), jax.device_get(linear.jit(step)(STATE, TOKENS)), 2e-5)
 
 
+IDS = np.random.default_rng(1).integers(0, VOCABULARY, (*MASK.shape, 3))
+TEACHER = linear.draw(7, width=24)[:2]
+
+
+def of_distributions(hidden, unembedding, bias, teacher, teacher_head, ids, mask, **how):
+  """Sums log-probabilities at several ids, within a support, and a divergence."""
+  head, how = gpo.Head(unembedding, bias), {"mask": mask, "tiling": TILING} | how
+  several = gpo.linear_token_log_probs(hidden, head, ids, **how)
+  within = gpo.linear_token_log_probs(hidden, head, ids[..., 0], support=ids, **how)
+  function = gpo.vocabulary.jensen_shannon
+  divergence = gpo.linear_divergence(function, hidden, head, teacher, teacher_head, **how)
+  parts = (*several, *within, divergence)
+  return sum(jnp.sum(x**2) for x in parts), parts
+
+
+step = functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+
+
+@functools.cache
+def distributions():
+  return jax.device_get(linear.jit(step(of_distributions))(*STATE, *TEACHER, IDS, MASK))
+
+
+KINDS = [
+  pytest.param(name, kind, marks=[] if quick else pytest.mark.slow, id=f"{name}-{kind.name}")
+  for name in LAYOUTS
+  for kind in (AxisType.Auto, AxisType.Explicit)
+  for quick in [name == "fsdp_and_vocabulary"]
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_several_ids_supports_and_distributions_on_a_mesh(name, kind):
+  sizes, tokens, unembedding = LAYOUTS[name]
+  mesh = mesh_of(sizes, kind)
+  arguments = (
+    *placed(mesh, tokens, unembedding)[0],
+    place(mesh, tokens, TEACHER[0]),
+    place(mesh, unembedding, TEACHER[1]),
+    *place(mesh, tokens, (IDS, MASK)),
+  )
+  auto = kind == AxisType.Auto
+  how = {"sharding": gpo.Sharding(mesh, tokens, unembedding)} if auto else {}
+  with jax.set_mesh(mesh):
+    found = linear.jit(step(functools.partial(of_distributions, **how)))(*arguments)
+  assert_same(jax.device_get(found), distributions(), 3e-5)
+
+
+def test_distributions_inside_a_shard_map_of_the_user_s_tokens():
+  mesh = mesh_of({"x": 8}, AxisType.Auto)
+
+  def loss(*arguments):
+    return jax.lax.psum(of_distributions(*arguments)[0], "x")
+
+  specs = P("x"), P(), P(), P("x"), P(), P("x"), P("x")
+  mapped = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
+  run = linear.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2)))
+  (value, _), gradients = distributions()
+  assert_same(run(*STATE, *TEACHER, IDS, MASK), (value, gradients), 3e-5)
+
+
 def test_an_id_outside_of_every_part_of_the_vocabulary_is_nan():
   mesh = mesh_of({"v": 8}, AxisType.Auto)
   tokens = jnp.array([[0, 55, 56, -1, 7]])
@@ -256,6 +317,26 @@ def test_devices_tell_each_other_a_few_numbers_per_token_in_the_loop_and_the_une
   assert all(size <= 8 * chunk for _, size, in_loop in found if in_loop), found
   assert any(in_loop for *_, in_loop in found) == ("vocabulary" in name)
   assert [kind for kind, *_ in found].count("all-gather") == ("fsdp" in name), found
+
+
+@pytest.mark.parametrize("name", ["fsdp_over_hidden", "data_and_vocabulary"])
+def test_a_divergence_gathers_each_unembedding_once_outside_of_its_loop(name):
+  sizes, tokens, unembedding = LAYOUTS[name]
+  mesh = mesh_of(sizes, AxisType.Auto)
+  how = {"tiling": gpo.Tiling(16), "sharding": gpo.Sharding(mesh, tokens, unembedding)}
+
+  def total(hidden, w, teacher, teacher_w):
+    kl = gpo.linear_divergence(gpo.vocabulary.kl, hidden, w, teacher, teacher_w, **how)
+    return jnp.sum(kl)
+
+  def given(shape, spec):
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+
+  state = given((8, 4, 32, 128), tokens), given((512, 128), unembedding)
+  text = linear.jit(jax.grad(total, (0, 1))).lower(*state, *state).compile().as_text()
+  found = collectives(text)
+  assert not any(in_loop for *_, in_loop in found), found
+  assert 1 <= [kind for kind, *_ in found].count("all-gather") <= 2, found
 
 
 # --- wrong input ---------------------------------------------------------------------------------
