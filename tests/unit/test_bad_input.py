@@ -126,6 +126,7 @@ OPTIONAL = {"old_log_probs", "sampler_log_probs", "segment_ids", "group_ids", "f
 OPTIONAL |= {"bias", "ref_bias", ("decoupled", "weights"), ("linear_divergence", "mask"), "support"}
 OPTIONAL |= {("prepare", "rewards"), ("prepare packed", "rewards")}  # advantages may be given
 OPTIONAL |= {("linear_token_log_probs", "mask"), "ref_log_probs"}  # refused by its divergence
+SEVERAL = {(name, "tokens") for name in ("token_log_probs", "linear_token_log_probs")}
 BROADCASTS = {(name, "support") for name in ("token_log_probs", "token_entropy", "exact_kl")}
 NO_PLACE_MASKED = {"unembedding", "bias", "ref_unembedding", "ref_bias", ("decoupled", "weights")}
 DIFFERENTIABLE = ("gpo_loss", "token_log_probs", "token_entropy", "exact_kl", "linear_loss")
@@ -186,7 +187,8 @@ def test_wrong_shapes_are_refused_by_name_while_tracing(entry, name):
   function, given = ENTRIES[entry]
   value = given[name]
   scalar = () if (entry, name) in BROADCASTS else (value.reshape(-1)[:1].reshape(()),)
-  for wrong in (value[..., None], value[..., :-1], value[None][:, :0], *scalar):
+  deeper = () if (entry, name) in SEVERAL else (value[..., None],)
+  for wrong in (*deeper, value[..., :-1], value[None][:, :0], *scalar):
     shape = str(list(wrong.shape))[-5 if entry == "decoupled" else 0 :]  # it names one kind
     with pytest.raises(ValueError, match=rf"{name}.*{re.escape(shape)}"):
       pytest.fail(f"{wrong.shape}: {traced(function, given | {name: wrong})}")
