@@ -31,6 +31,7 @@ from gpo_jax.objective import Objective as Objective
 from gpo_jax.presets import cispo as cispo
 from gpo_jax.presets import dapo as dapo
 from gpo_jax.presets import deepseek_v32 as deepseek_v32
+from gpo_jax.presets import distill as distill
 from gpo_jax.presets import dppo as dppo
 from gpo_jax.presets import dr_grpo as dr_grpo
 from gpo_jax.presets import gmpo as gmpo
@@ -41,6 +42,7 @@ from gpo_jax.presets import gspo as gspo
 from gpo_jax.presets import gspo_token as gspo_token
 from gpo_jax.presets import luspo as luspo
 from gpo_jax.presets import max_rl as max_rl
+from gpo_jax.presets import ppo as ppo
 from gpo_jax.presets import preset as preset
 from gpo_jax.presets import r1 as r1
 from gpo_jax.presets import reinforce_plus_plus as reinforce_plus_plus

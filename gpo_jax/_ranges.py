@@ -34,6 +34,7 @@ INF = float("inf")
 _EPSILON = Range("[]", 0, INF, "a distance from a ratio of 1, such as 0.2")
 _POSITIVE = Range("()", 0, INF)
 _SHARE = Range("[)", 0, 1, "a share of the tokens")
+_DISTANCE = Range("[]", 0, INF, "a distance, not its sign")
 _LOG = Range("[]", 0, INF, "a distance from a log-ratio of 0, such as 0.4")
 
 # By name, or by function and name if one name means two things.
@@ -52,15 +53,24 @@ RANGES = {
   "dro.beta": _POSITIVE,
   "jensen_shannon.beta": Range("()", 0, 1, "0.5; forward_kl and kl are its ends"),
   "cap": Range("(]", 0, INF, "the largest weight, such as 2"),
+  "floor": Range("[)", 0, INF, "the smallest weight, such as 0.5; None for none"),
   "mask_importance.low": Range("[]", 0, INF, "a weight below 1, such as 0.5"),
   "mask_importance.high": Range("(]", 0, INF, "a weight above 1, such as 5"),
-  "threshold": Range("[]", 0, INF, "a distance, not its sign"),
+  "reject.low": Range("[]", -INF, INF, "nats: log(0.5) for a ratio of 0.5"),
+  "reject.high": Range("[]", -INF, INF, "nats: log(2) for a ratio of 2"),
+  "total_variation_mask.low": _DISTANCE,
+  "total_variation_mask.high": _DISTANCE,
+  "binary_kl_mask.low": _DISTANCE,
+  "binary_kl_mask.high": _DISTANCE,
+  "threshold": _DISTANCE,
   "k_pos": _POSITIVE,
   "lambda_pos": _POSITIVE,
   "k_neg": _POSITIVE,
   "lambda_neg": _POSITIVE,
   "fraction": _SHARE,
   "quantile": _SHARE,
+  "discount": Range("[]", 0, 1, "γ, 1 for language models"),
+  "decay": Range("[]", 0, 1, "λ, such as 0.95"),
   "length": Range("()", 0, INF, "the longest allowed response, in tokens"),
   "lengths": Range("[)", 0, INF, "tokens per response"),
   "weights": Range("()", -INF, INF, "one number per kind of reward"),

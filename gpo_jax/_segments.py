@@ -1,5 +1,7 @@
 """Sums along the token axis: over rows that hold one response, or several packed side by side."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -41,10 +43,21 @@ def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Sums each segment (each row without `segment_ids`); every token gets its segment's sum."""
   if segment_ids is None:
     return jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), x.shape)
+  return _of_segments(lambda x, index: jnp.zeros_like(x).at[index].add(x)[index], x, segment_ids)
+
+
+def largest(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+  """Finds each segment's largest number, without a derivative; every token gets its segment's."""
+  if segment_ids is None:
+    return jnp.broadcast_to(jnp.max(x, axis=-1, keepdims=True), x.shape)
 
   def of_row(x: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.zeros_like(x).at[index].add(x)[index]
+    return jnp.full_like(x, -jnp.inf).at[index].max(x)[index]
 
+  return _of_segments(of_row, x, segment_ids)
+
+
+def _of_segments(of_row: Callable, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
   # Renumbering a row's segments bounds the index by the row's length, whatever the ids are.
   index = jnp.cumsum(_starts(segment_ids).astype(jnp.int32), axis=-1) - 1
   for _ in range(x.ndim - 1):

@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from gpo_jax import _segments
 from gpo_jax._numerics import with_slope
 from gpo_jax.traits import slot_function
 from gpo_jax.types import Rollout
@@ -95,6 +96,34 @@ def sequence_product(log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
   Reference: DeepSeek-AI (2025, DeepSeek-R1), arXiv:2501.12948, the ratio of whole outputs.
   """
   return rollout.total(log_ratio)
+
+
+@slot_function(of_response=True)
+def sequence_max(log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
+  """Finds the largest log-ratio of the response: its worst token, for `corrections.reject`.
+
+      log ρ = max_t log ρ_t,   the gradient flowing to the token that has it, shared by ties
+
+  Args:
+    log_ratio: log ρ_t, `[..., T]`.
+    rollout: its mask and segment_ids are used.
+
+  Returns:
+    The maximum at every token of the response, `[..., T]`; 0 if it has no token.
+
+  Example:
+    >>> rollout = Rollout(advantages=0, mask=jnp.array([1, 1, 0]), weights=jnp.ones(3))
+    >>> print(sequence_max(jnp.array([0.5, 1.0, 9.0]), rollout))
+    [1. 1. 1.]
+
+  Reference: the `seq_max` options of verl's `rollout_rs`.
+  """
+  mask, value = rollout.mask.astype(bool), jax.lax.stop_gradient(log_ratio)
+  top = _segments.largest(jnp.where(mask, value, -jnp.inf), rollout.segment_ids)
+  share = (mask & (value == top)).astype(value.dtype)
+  share = share / jnp.maximum(rollout.total(share), 1)
+  # The sum is 0 in value, or NaN if a log-ratio is not finite, which a maximum may overlook.
+  return jnp.where(top == -jnp.inf, 0, top) + rollout.total(share * (log_ratio - value))
 
 
 @slot_function(of_response=True)

@@ -57,7 +57,8 @@ class Objective:
   Attributes:
     surrogate: a `Surrogate`, maximised; see `gpo_jax.surrogates`.
     level: a `Level`; see `gpo_jax.levels`.
-    advantage: an `Advantage`; see `gpo_jax.advantages`.
+    advantage: an `Advantage`; see `gpo_jax.advantages`. None if advantages are always given: by a
+      critic (`ppo`), or not at all (`distill`).
     weighting: a `Weighting`; see `gpo_jax.weightings`.
     divergence: a `Divergence`, minimised, or None; see `gpo_jax.divergences`.
     beta: the divergence's weight, a scalar; None without a divergence.
@@ -86,7 +87,7 @@ class Objective:
 
   surrogate: Surrogate
   level: Level
-  advantage: Advantage
+  advantage: Advantage | None
   weighting: Weighting
   divergence: Divergence | None = None
   beta: chex.Numeric | None = None
@@ -96,7 +97,7 @@ class Objective:
   def __post_init__(self):
     """Makes the slots leaves and structure."""
     for name in ("surrogate", "level", "advantage", "weighting", "divergence"):
-      if name != "divergence" or self.divergence is not None:
+      if getattr(self, name) is not None or name not in ("advantage", "divergence"):
         object.__setattr__(self, name, as_slot(name, getattr(self, name)))
     if callable(self.beta):
       raise ValueError("beta must be a number; got a function: pass beta=schedule(step)")
@@ -132,7 +133,9 @@ class Objective:
       mask: the tokens that count, `[..., G, T]`, bool or 0/1.
       old_log_probs: log π_old, `[..., G, T]`; None if that is the current policy.
       advantages: in place of rewards, of responses (of the shape of rewards, or `[..., G, 1]`) or
-        of tokens, `[..., G, T]`; what has the mask's shape is of tokens.
+        of tokens, `[..., G, T]`; what has the mask's shape is of tokens. An objective with a
+        divergence and no advantage function needs neither: advantages are 0 then, and the
+        divergence alone is minimised.
       ref_log_probs: log π_ref, `[..., G, T]`; a divergence needs it.
       sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; corrections need it.
       segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is not
@@ -158,13 +161,17 @@ class Objective:
       >>> print(rollout.advantages[mask])
       [ 0.5  0.5 -0.5 -0.5  0. ]
     """
-    if (rewards is None) == (advantages is None):
-      got = "both" if advantages is not None else "neither"
+    given = [x is not None for x in (rewards, advantages)]
+    alone = self.advantage is None and self.divergence is not None
+    if all(given) or not (any(given) or alone):
+      got = "both" if all(given) else "neither"
       raise ValueError(f"prepare needs rewards or advantages, one of the two; got {got}")
     mask = as_mask("mask", mask)
+    if not any(given):
+      advantages = jnp.zeros_like(mask, float)
     if segment_ids is not None:
       segment_ids = _segments.fill(as_segment_ids(segment_ids, mask), mask)
-    of_rewards = advantages is None
+    of_rewards = rewards is not None
     if of_rewards:
       advantages = self._advantages(rewards, mask, segment_ids, group_ids)
     elif group_ids is not None:
@@ -187,10 +194,16 @@ class Objective:
     return validate(rollout)
 
   def _advantages(self, rewards, mask, segment_ids, group_ids) -> jax.Array:
-    check_numbers(self.advantage)
+    advantage = self.advantage
+    if advantage is None:
+      raise ValueError(
+        "the objective has no advantage function for rewards: pass advantages= to prepare, such as "
+        "advantages.generalized(rewards, values, mask), or use replace(advantage=…)"
+      )
+    check_numbers(advantage)
     rewards = jnp.asarray(as_array("rewards", rewards))
     present = _segments.present(mask, segment_ids, (1, *rewards.shape)[-1])
-    traits, packed = traits_of(self.advantage), segment_ids is not None
+    traits, packed = traits_of(advantage), segment_ids is not None
     # Several kinds of reward are for `decoupled`, or for a function from elsewhere that takes them.
     kinds = traits.of_kinds or (group_ids is None and not traits.ours)
     first = max(rewards.ndim - present.ndim, 0) if kinds else 0
@@ -202,7 +215,7 @@ class Objective:
         + ("" if packed else ": rows that hold several responses need segment_ids")
       )
     if group_ids is not None:
-      return by_group(self.advantage, rewards, group_ids, present)
+      return by_group(advantage, rewards, group_ids, present)
     if present.ndim == 1:
       size = present.size
       raise ValueError(
@@ -213,11 +226,11 @@ class Objective:
     if present.shape[-1] == 1 and traits.of_group:
       raise ValueError(
         f"rewards must hold groups of at least 2; got {list(rewards.shape)}, groups of one, whose "
-        f"advantage {describe(self.advantage)} is always 0: sample more responses per prompt, use "
+        f"advantage {describe(advantage)} is always 0: sample more responses per prompt, use "
         "[P, G] with the samples of one prompt along the last axis, or "
         "advantages.batch_standardize"
       )
-    advantages = self.advantage(rewards, present)
+    advantages = advantage(rewards, present)
     return check_returned("advantage", advantages, present.shape, "response")
 
   def __call__(self, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:

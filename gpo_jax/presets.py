@@ -368,14 +368,15 @@ def luspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4
 
 
 @_preset
-def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
+def dppo(*, low: chex.Numeric = 0.2, high: chex.Numeric | None = None) -> Objective:
   """DPPO: clips by how far a token's probability has moved, not by its ratio.
 
   A rare token's ratio may be large while nothing has moved, and a likely token's small while much
   has. Choose it where ratios of rare tokens are clipped too often.
 
   Args:
-    threshold: the largest change of a token's probability.
+    low: how far a token's probability may fall.
+    high: how far it may rise; `low` if None.
 
   Reference: DPPO (2026), arXiv:2602.04879, binary total variation. There the ratio, too, is
   taken to the sampler: let `old_log_probs` be the sampler's to have that.
@@ -385,7 +386,7 @@ def dppo(*, threshold: chex.Numeric = 0.2) -> Objective:
     level=levels.token,
     advantage=advantages.standardize,
     weighting=weightings.token_mean,
-    corrections=(partial(corrections.total_variation_mask, threshold=threshold),),
+    corrections=(partial(corrections.total_variation_mask, low=low, high=high),),
   )
 
 
@@ -439,6 +440,50 @@ def max_rl() -> Objective:
     level=levels.token,
     advantage=advantages.max_rl,
     weighting=weightings.sequence_sum,
+  )
+
+
+@_preset
+def ppo(*, epsilon_low: chex.Numeric = 0.2, epsilon_high: chex.Numeric | None = None) -> Objective:
+  """PPO: the clipped surrogate, with advantages from a critic.
+
+  Pass `prepare(advantages=advantages.generalized(rewards, values, mask), mask=mask, …)`. A KL
+  penalty goes into the rewards of tokens, the critic's loss beside this one. Choose it with rewards
+  of tokens or turns, or with one response per prompt; without a critic it is `reinforce_plus_plus`.
+
+  Reference: Schulman et al. (2017), arXiv:1707.06347, Eq. 7.
+  """
+  return Objective(
+    surrogate=_clip(epsilon_low, epsilon_high),
+    level=levels.token,
+    advantage=None,
+    weighting=weightings.token_mean,
+  )
+
+
+@_preset
+def distill(*, beta: chex.Numeric = 1.0) -> Objective:
+  """On-policy distillation: the KL from a teacher, on the student's own samples, and no rewards.
+
+  `prepare(mask=mask, ref_log_probs=teacher_log_probs, …)`; with `advantages=` too, rewards and
+  teacher teach together. The gradient is that of KL(student‖teacher) of tokens, for samples of any
+  `old_log_probs`, with states as these visited them; for the KL of whole responses
+  `.replace(divergence=divergences.sequence_unbiased, weighting=weightings.sequence_sum)`. Choose it
+  if a better model with the same tokens is at hand.
+
+  Args:
+    beta: weight of the divergence `unbiased`.
+
+  Reference: Agarwal et al. (2024), arXiv:2306.13649, with the reverse KL of sampled tokens as in Lu
+  (2025), "On-policy distillation".
+  """
+  return Objective(
+    surrogate=surrogates.importance_weighted,
+    level=levels.token,
+    advantage=None,
+    weighting=weightings.token_mean,
+    divergence=divergences.unbiased,
+    beta=beta,
   )
 
 

@@ -72,7 +72,8 @@ def slot_function(**traits: Any) -> Callable[[F], F]:
 
   def mark(function: Callable) -> Any:
     parameters = inspect.signature(function).parameters.values()
-    numbers = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "level"]
+    functions = {p.name for p in parameters if inspect.isfunction(p.default)}
+    numbers = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in functions]
     ranges = ranges_of(function.__name__, numbers)
 
     @functools.wraps(function)

@@ -14,11 +14,11 @@ from gpo_jax.integrations._tunix_metrics import tunix_metrics
 from gpo_jax.log_probs import token_entropy
 from gpo_jax.objective import Objective, check_objective
 from gpo_jax.traits import traits_of
-from gpo_jax.types import Rollout
+from gpo_jax.types import Advantage, Rollout
 
 
 def register(name: str, objective: Objective) -> None:
-  """Registers an objective with Tunix: as a policy loss, and its advantage as an estimator.
+  """Registers an objective with Tunix: as a policy loss, and its advantage, if any, as an estimator.
 
       GRPOConfig(policy_loss_fn=name, advantage_estimator=name, …)
 
@@ -62,7 +62,9 @@ def register(name: str, objective: Objective) -> None:
     if name in registry.default_registry.list_functions(kind):
       raise ValueError(f"Tunix has a {kind} named {name!r} already: choose another name")
   registry.register_policy_loss_fn(name)(_policy_loss(objective))
-  registry.register_advantage_estimator(name)(_advantage_estimator(objective))
+  if objective.advantage is not None:
+    estimator = _advantage_estimator(objective.advantage)
+    registry.register_advantage_estimator(name)(estimator)
 
 
 def _tunix(module: str) -> Any:
@@ -72,11 +74,11 @@ def _tunix(module: str) -> Any:
     raise ImportError(f'Tunix is missing: pip install "gpo_jax[tunix]" ({error})') from error
 
 
-def _advantage_estimator(objective: Objective) -> Callable[..., jax.Array]:
+def _advantage_estimator(advantage: Advantage) -> Callable[..., jax.Array]:
   def estimate(rewards: Any, num_generations: int, valid_mask: Any = None) -> jax.Array:
     groups = jnp.asarray(rewards, jnp.float32).reshape(-1, num_generations)
     where = None if valid_mask is None else jnp.asarray(valid_mask, bool).reshape(groups.shape)
-    return objective.advantage(groups, where).reshape(-1)
+    return advantage(groups, where).reshape(-1)
 
   return estimate
 

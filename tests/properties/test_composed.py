@@ -104,6 +104,7 @@ LEVELS = {
   "sequence": levels.sequence,
   "sequence_token": levels.sequence_token,
   "sequence_product": levels.sequence_product,
+  "sequence_max": levels.sequence_max,
   "clipped_sequence": partial(levels.clipped_sequence, low=0.1),
   "own": lambda log_ratio, rollout: (log_ratio + rollout.mean(log_ratio)) / 2,
   "of_neighbours": lambda log_ratio, rollout: log_ratio + jnp.roll(log_ratio, 1, axis=-1) / 2,
@@ -130,7 +131,11 @@ CORRECTIONS = {
   "off_policy": partial(corrections.off_policy_sequence_mask, threshold=0.1),
   "vespo": corrections.vespo,
   "topr": corrections.topr,
-  "total_variation": partial(corrections.total_variation_mask, threshold=0.1),
+  "total_variation": partial(corrections.total_variation_mask, low=0.1, high=0.05),
+  "reject": partial(corrections.reject, high=0.02),
+  "reject_responses": partial(
+    corrections.reject, low=-0.1, high=0.1, statistic=divergences.k1, level=levels.sequence_max
+  ),
   "own": lambda log_probs, rollout: jnp.exp(log_probs - jnp.mean(log_probs)),
 }
 WEIGHTINGS = {

@@ -49,7 +49,7 @@ def draw_structure(rng, **forced):
   s["more"] = pick(rng, [None, None, "factor", "entropy"])
   s |= forced
   s["grouped"] &= s["advantage"] not in ("batch_standardize", "decoupled")
-  s["sampler"] |= any("importance" in name for name in s["corrections"])
+  s["sampler"] |= any("importance" in name or name == "reject" for name in s["corrections"])
   s["responses"] = int(rng.integers(1, 5)), int(rng.integers(2, 6))
   length = int(rng.integers(4, 16) if s["packed"] else rng.integers(1, 9))
   s["shape"] = (s["responses"][:1] if s["packed"] else s["responses"]) + (length,)
@@ -138,7 +138,11 @@ def build(s, k):
   slots = {x: partial(getattr(getattr(gpo, x + "s"), s[x]), **k[x]) for x in naive.SLOTS}
   corrections = []
   for name in s["corrections"]:
-    more = {"level": getattr(gpo.levels, s["levels"][name])} if "importance" in name else {}
+    more = (
+      {"level": getattr(gpo.levels, s["levels"][name])}
+      if "importance" in name or name == "reject"
+      else {}
+    )
     corrections.append(partial(getattr(gpo.corrections, name), **k[name], **more))
   if s["divergence"]:
     slots |= {"divergence": getattr(gpo.divergences, s["divergence"]), "beta": k["beta"]}

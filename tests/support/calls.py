@@ -50,15 +50,18 @@ STATES = {"hidden": draw(1, 3, 4, 2), "unembedding": draw(5, 2), "bias": draw(5)
 REFERENCE = {f"ref_{name}": draw(*value.shape) for name, value in STATES.items()}
 TOKENS = {"tokens": RNG.integers(0, 5, MASK.shape)}
 
-_NEEDED = {"cispo": {"high": 4.0}, "dro": {"beta": 0.5}, "binary_kl_mask": {"threshold": 0.1}}
+_NEEDED = {"cispo": {"high": 4.0}, "dro": {"beta": 0.5}, "binary_kl_mask": {"low": 0.1}}
 _NEEDED |= {"off_policy_sequence_mask": {"threshold": 0.1}, "constant_length": {"length": 8}}
 _NEEDED |= {"covariance_mask": {"fraction": 0.3}, "mask_importance": {"low": 0.5, "high": 5.0}}
+_NEEDED |= {"reject": {"high": 0.1}}
 
 
 def functions_of(module, but=()):
   """Finds the slot functions of a module, their numbers bound."""
   found = {k: f for k, f in vars(module).items() if callable(f) and traits_of(f).ours}
-  own = {k: f for k, f in found.items() if f.__module__ == module.__name__ and k not in but}
+  own = {
+    k: f for k, f in found.items() if f.__module__.startswith(module.__name__) and k not in but
+  }
   return {k: functools.partial(f, **_NEEDED.get(k, {})) for k, f in own.items()}
 
 
@@ -117,7 +120,7 @@ _SLOTS = {
   "divergences": (divergences, ("ref_log_ratio", "log_ratio", "rollout")),
   "corrections": (corrections, ("log_probs", "rollout")),
 }
-_KINDS = ("by_group", "decoupled", "optimal_baseline")
+_KINDS = ("decoupled", "optimal_baseline")
 
 # fmt: off
 CALLS = {

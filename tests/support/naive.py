@@ -167,13 +167,18 @@ ADVANTAGES = {
 # the old ones), advantages a and a statistic of log-ratios `stat(level, x)`.
 
 
-def truncate_importance(v, stat, level, cap):
-  return smaller(np.exp(bounded(stat(level, v["old"] - v["sampler"]))), cap)
+def truncate_importance(v, stat, level, cap, floor=0.0):
+  return smaller(larger(np.exp(bounded(stat(level, v["old"] - v["sampler"]))), floor), cap)
 
 
 def mask_importance(v, stat, level, low, high):
   weight = np.exp(bounded(stat(level, v["old"] - v["sampler"])))
   return np.where((weight >= low) & (weight <= high), weight, 0)
+
+
+def reject(v, stat, level, high, low=-np.inf):
+  value = stat(level, v["noise"](k3(bounded(v["sampler"] - v["old"]))))
+  return np.where((value >= low) & (value <= high), 1, 0)
 
 
 def off_policy_sequence_mask(v, stat, level, threshold):
@@ -182,10 +187,11 @@ def off_policy_sequence_mask(v, stat, level, threshold):
 
 
 def probability_mask(distance):
-  def mask(v, stat, level, threshold):
+  def mask(v, stat, level, low, high=None):
     new, old = v["new"], v["behaviour"]
-    away = np.where(v["a"] > 0, new > old, (v["a"] < 0) & (new < old))
-    return np.where(away & (distance(new, old, v["noise"]) > threshold), 0, 1)
+    moved, high = distance(new, old, v["noise"]), low if high is None else high
+    rose = (v["a"] > 0) & (new > old) & (moved > high)
+    return np.where(rose | ((v["a"] < 0) & (new < old) & (moved > low)), 0, 1)
 
   return mask
 
@@ -232,6 +238,7 @@ def covariance_mask(v, stat, level, fraction):
 CORRECTIONS = {
   "truncate_importance": truncate_importance,
   "mask_importance": mask_importance,
+  "reject": reject,
   "off_policy_sequence_mask": off_policy_sequence_mask,
   "total_variation_mask": probability_mask(total_variation),
   "binary_kl_mask": probability_mask(binary_kl),
@@ -258,11 +265,12 @@ RANGES = {  # of the numbers bound to slots; those in brackets may be absent
   "batch_standardize": STANDARD,
   "decoupled": STANDARD,
   "constant_length": {"length": (1, 30)},
-  "truncate_importance": {"cap": (0.5, 5)},
+  "truncate_importance": {"cap": (0.5, 5), "[floor]": (0, 0.5)},
   "mask_importance": {"low": (0, 0.9), "high": (1.1, 8)},
+  "reject": {"high": (0.001, 1), "[low]": (0, 0.01)},
   "off_policy_sequence_mask": {"threshold": (0, 1)},
-  "total_variation_mask": {"threshold": (0.01, 0.5)},
-  "binary_kl_mask": {"threshold": (0.001, 0.5)},
+  "total_variation_mask": {"low": (0.01, 0.5), "[high]": (0.01, 0.5)},
+  "binary_kl_mask": {"low": (0.001, 0.5), "[high]": (0.001, 0.5)},
   "vespo": {"k_pos": (0.5, 3), "lambda_pos": (0.5, 3), "k_neg": (0.5, 3), "lambda_neg": (0.5, 3)},
   "covariance_mask": {"fraction": (0, 0.5)},
 }

@@ -404,15 +404,15 @@ def luspo(batch, log_probs, frozen, *, epsilon_low=3e-4, epsilon_high=4e-4):
   return -total / max(count, 1)
 
 
-def dppo(batch, log_probs, frozen, *, threshold=0.2):
+def dppo(batch, log_probs, frozen, *, low=0.2, high=None):
   """arXiv:2602.04879, binary total variation: M ρ A, M = 0 where π left μ too far."""
   each = []
   for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
     each.append([])
     for token in tokens:
       moved = exp(token.frozen) - exp(token.sampler)
-      rose = above("rise over the threshold", moved, threshold, advantage)
-      fell = above("fall over the threshold", -moved, threshold, advantage)
+      rose = above("rise over the threshold", moved, low if high is None else high, advantage)
+      fell = above("fall over the threshold", -moved, low, advantage)
       keep = 0 if (advantage > 0 and rose) or (advantage < 0 and fell) else 1
       each[-1].append(keep * ratio_of(token) * advantage)
   return -token_mean(each)

@@ -34,7 +34,7 @@ def test_corrections_multiply_the_surrogate_only():
     functools.partial(corrections.truncate_importance, level=levels.sequence_product),
     functools.partial(corrections.mask_importance, low=0.8, high=1.2),
     functools.partial(corrections.mask_importance, low=0.9, high=1.1, level=levels.sequence),
-    functools.partial(corrections.binary_kl_mask, threshold=1e-3),
+    functools.partial(corrections.binary_kl_mask, low=1e-3),
     functools.partial(corrections.covariance_mask, fraction=0.1),
   ],
 )
@@ -59,8 +59,13 @@ def test_every_correction_composes_and_is_constant(correction):
     (corrections.mask_importance, "low"),
     (corrections.mask_importance, "high"),
     (corrections.off_policy_sequence_mask, "threshold"),
-    (corrections.total_variation_mask, "threshold"),
-    (corrections.binary_kl_mask, "threshold"),
+    (corrections.total_variation_mask, "low"),
+    (corrections.total_variation_mask, "high"),
+    (functools.partial(corrections.binary_kl_mask, low=0.1), "high"),
+    (corrections.binary_kl_mask, "low"),
+    (functools.partial(corrections.reject, high=0.1), "low"),
+    (corrections.reject, "high"),
+    (corrections.truncate_importance, "floor"),
     (corrections.covariance_mask, "fraction"),
     (corrections.entropy_mask, "quantile"),
     (corrections.vespo, "k_pos"),
@@ -110,10 +115,10 @@ def test_binary_kl_mask_by_hand():
   keep = ~((kl > 0.05) & (a * (p - mu) > 0))
   ones, old = jnp.ones((1, 200)), jnp.log(mu)
   rollout = Rollout(advantages=jnp.asarray(a), mask=ones, weights=ones, old_log_probs=old)
-  value = corrections.binary_kl_mask(jnp.log(p), rollout, threshold=0.05)
+  value = corrections.binary_kl_mask(jnp.log(p), rollout, low=0.05)
   np.testing.assert_array_equal(value, keep)
   assert 0 < keep.mean() < 1
-  certain = corrections.binary_kl_mask(jnp.zeros((1, 200)), rollout, threshold=0.05)
+  certain = corrections.binary_kl_mask(jnp.zeros((1, 200)), rollout, low=0.05)
   assert jnp.isfinite(certain).all()
 
 
