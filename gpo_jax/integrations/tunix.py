@@ -18,7 +18,7 @@ from gpo_jax.types import Advantage, Rollout
 
 
 def register(name: str, objective: Objective) -> None:
-  """Registers an objective with Tunix: as a policy loss, and its advantage, if any, as an estimator.
+  """Registers an objective with Tunix: as a policy loss, and its advantage as an estimator.
 
       GRPOConfig(policy_loss_fn=name, advantage_estimator=name, …)
 
@@ -37,8 +37,9 @@ def register(name: str, objective: Objective) -> None:
 
   Args:
     name: a name that Tunix does not know yet.
-    objective: the objective. Corrections that need `sampler_log_probs` do not work, Tunix passes
-      none on; its own sampler weights multiply the surrogate.
+    objective: the objective. Without an advantage function it registers no estimator. Corrections
+      that need `sampler_log_probs` do not work, Tunix passes none on; its own sampler weights
+      multiply the surrogate.
 
   Raises:
     ImportError: where Tunix is not installed.

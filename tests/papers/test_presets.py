@@ -32,15 +32,24 @@ OTHER = {
   "temperature_pos": 1.7,
   "temperature_neg": 0.6,
   "threshold": 0.1,
+  "dppo.low": 0.1,
+  "dppo.high": 0.05,
   "k_pos": 1.3,
   "lambda_pos": 0.9,
   "k_neg": 0.7,
   "lambda_neg": 1.1,
 }
 KEYWORDS = [(name, key) for name in PRESETS for key in inspect.signature(PRESETS[name]).parameters]
-WITH_BETA = [name for name, key in KEYWORDS if key == "beta"]
+WITH_BETA = [name for name, key in KEYWORDS if key == "beta" and name != "distill"]
+OF_REWARDS = [name for name in PRESETS if name not in ("ppo", "distill")]
+
+
+def other(name, key):
+  return OTHER.get(f"{name}.{key}", OTHER[key])
+
 
 every_preset = pytest.mark.parametrize("name", PRESETS)
+every_preset_of_rewards = pytest.mark.parametrize("name", OF_REWARDS)
 traces = []
 
 
@@ -93,10 +102,14 @@ def draw(seed, policy="off", dtype=np.float64, shape=SHAPE):
 
 def prepare(objective, batch):
   needs_ref = objective.divergence is not None
+  rewards, advantages = batch.rewards, None
+  if objective.advantage is None:
+    rewards, advantages = None, reference.advantages_of(batch, reference.standardized)
   return objective.prepare(
-    batch.rewards,
+    rewards,
     batch.mask,
     batch.old,
+    advantages=advantages,
     ref_log_probs=batch.ref if needs_ref else None,
     sampler_log_probs=batch.sampler,
   )
@@ -158,7 +171,7 @@ def assert_taken_both_ways(branches):
 
 
 def test_every_preset_has_a_reference_and_every_keyword_another_value():
-  assert len(PRESETS) >= 19
+  assert len(PRESETS) >= 21
   for name in PRESETS:
     assert callable(getattr(reference, name)), name
     assert getattr(gpo, name) is PRESETS[name]
@@ -168,7 +181,7 @@ def test_every_preset_has_a_reference_and_every_keyword_another_value():
       "log_probs",
       "frozen",
     }
-  assert {key for _, key in KEYWORDS} == set(OTHER)
+  assert {key for _, key in KEYWORDS} == {key.split(".")[-1] for key in OTHER}
 
 
 # 1. The paper's value and gradient.
@@ -203,7 +216,7 @@ def test_on_policy(name, policy, x64):
   assert gap(evaluate(make(name), batch, log_probs), expected) < TOLERANCE[np.float64]
 
 
-@every_preset
+@every_preset_of_rewards
 def test_groups_of_one(name, x64):
   batch, log_probs = draw(4, shape=(5, 1, 6))
   objective = make(name)
@@ -215,7 +228,7 @@ def test_groups_of_one(name, x64):
     prepare(objective, batch)
 
 
-@every_preset
+@every_preset_of_rewards
 def test_equal_rewards_teach_exactly_nothing(name):
   mask = np.ones((4, 7, 3), bool)
   mask[0, :4] = False
@@ -246,7 +259,7 @@ def test_every_keyword(name, key, x64, branches):
   changed = 0
   for seed in SEEDS:
     batch, log_probs = draw(seed)
-    keyword = {key: OTHER[key]}
+    keyword = {key: other(name, key)}
     expected = expect(name, batch, log_probs, **keyword)
     actual = evaluate(make(name, **keyword), batch, log_probs)
     assert gap(actual, expected) < TOLERANCE[np.float64]
@@ -451,6 +464,10 @@ WRONG = {
   "k3 reversed, v32": ("deepseek_v32", {"k3": lambda new, ref: k3(ref, new)}, {"beta": 0.001}),
   "k3 reversed, r1": ("r1", {"k3": lambda new, ref: k3(ref, new)}, {}),
   "1/ρ": ("grpo", {"ratio_of": lambda token: reference.exp(token.old - token.new)}, {}),
+  "1/ρ, distill": ("distill", {"ratio_of": lambda token: reference.exp(token.old - token.new)}, {}),
+  "k3 reversed, distill": ("distill", {"k3": lambda new, ref: k3(ref, new)}, {}),
+  "no minimum, ppo": ("ppo", {"clipped": two_sided}, {}),
+  "mean of means, ppo": ("ppo", {"token_mean": reference.mean_of_means}, {}),
   "1/ρ, dppo": ("dppo", {"ratio_of": lambda token: reference.exp(token.old - token.new)}, {}),
   "ratio not divided by length": ("gspo", {"geometric_ratio": summed_ratio}, {}),
   "arithmetic mean": ("luspo", {"geometric_ratio": arithmetic_ratio}, {}),
@@ -510,14 +527,15 @@ KINDS = [
 def test_one_trace_for_all_values(name):
   batch, log_probs = draw(0, dtype=np.float32)
   keys = inspect.signature(PRESETS[name]).parameters
-  start = {key: 0.1 for key in ("low", "epsilon_high") if key in keys}
+  none = [key for key, p in keys.items() if p.default is None]
+  start = {key: 0.1 for key in none}
   objective = make(name, **start)
   rollout = prepare(objective, batch)
   losses = {float(compiled(objective, log_probs, rollout)[0])}
   before = len(traces)
   for key in keys:
     for kind in KINDS:
-      loss, _ = compiled(make(name, **start | {key: kind(OTHER[key])}), log_probs, rollout)
+      loss, _ = compiled(make(name, **start | {key: kind(other(name, key))}), log_probs, rollout)
       assert np.isfinite(loss)
       losses.add(float(loss))
   assert len(traces) == before
@@ -543,7 +561,7 @@ def test_pickle_repr_and_replace(name):
   text = repr(objective)
   assert text.startswith("Objective(surrogate=")
   assert "\n" not in text
-  for slot in ("surrogate", "level", "advantage", "weighting"):
+  for slot in ("surrogate", "level", "weighting", *(("advantage",) if objective.advantage else ())):
     assert f"{slot}={getattr(objective, slot).func.__name__}" in text
   for unreadable in ("<", "0x", "array", "Partial", "None"):
     assert unreadable not in text

@@ -9,7 +9,8 @@ import gpo_jax as gpo
 from gpo_jax import presets
 
 NEEDED = {"dr_grpo": {"length": 8}}
-PRESETS = {name: preset(**NEEDED.get(name, {})) for name, preset in presets.PRESETS.items()}
+MADE = {name: preset(**NEEDED.get(name, {})) for name, preset in presets.PRESETS.items()}
+PRESETS = {name: preset for name, preset in MADE.items() if preset.advantage}  # of rewards
 # One of each kind: clip and KL, a response's ratio, an unbiased KL with a correction, no clip.
 COVERING = ("grpo", "gspo", "deepseek_v32", "vespo", "cispo")
 

@@ -262,6 +262,24 @@ def dapo(batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=0.28):
   return -token_mean(each)
 
 
+def ppo(batch, log_probs, frozen, *, epsilon_low=0.2, epsilon_high=None):
+  """arXiv:1707.06347, Eq. 7, of tokens; advantages are given."""
+  each = []
+  for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
+    low, high = limits(epsilon_low, epsilon_high)
+    each.append([clipped(ratio_of(token), advantage, low, high) for token in tokens])
+  return -token_mean(each)
+
+
+def distill(batch, log_probs, frozen, *, beta=1.0):
+  """arXiv:2306.13649 with the reverse KL, by arXiv:2512.02556, Eq. 7; advantages may be given."""
+  each = []
+  for advantage, tokens in responses(batch, advantages_of(batch, standardized), log_probs, frozen):
+    ratios = [(ratio_of(token), token) for token in tokens]
+    each.append([ratio * (advantage - beta * k3(t.new, t.ref)) for ratio, t in ratios])
+  return -token_mean(each)
+
+
 def gspo(batch, log_probs, frozen, *, epsilon_low=3e-4, epsilon_high=4e-4):
   """arXiv:2507.18071, Eq. 5 to 7: J = 1/G Σ_i min(s_i A_i, clip(s_i) A_i)."""
   total, count = 0, 0

@@ -3,10 +3,10 @@
 import pytest
 
 import gpo_jax as gpo
-from tests.support.batches import NEEDED, PRESETS
+from tests.support.batches import MADE, NEEDED
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", MADE)
 def test_a_preset_by_name_is_the_preset(name):
   numbers = NEEDED.get(name, {})
   assert repr(gpo.preset(name, **numbers)) == repr(getattr(gpo, name)(**numbers))
@@ -19,7 +19,7 @@ def test_numbers_reach_the_preset():
 
 
 WRONG = {
-  "unknown_name": (("grop", {}), r"name must be one of gpo, grpo, .*max_rl; got 'grop'"),
+  "unknown_name": (("grop", {}), r"name must be one of gpo, grpo, .*distill; got 'grop'"),
   "no_name": ((None, {}), "name must be one of .*got None"),
   "unknown_number": (("dapo", {"gamma": 1.0}), "dapo takes epsilon_low, epsilon_high; got gamma"),
   "number_of_a_preset_without": (("rloo", {"beta": 1.0}), "rloo takes none; got beta"),

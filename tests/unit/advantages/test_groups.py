@@ -221,6 +221,98 @@ def test_a_large_offset_does_no_harm():
   assert abs(one_pass / 1.25 - 1) > 1
 
 
+def plain_center(rewards):
+  return rewards - jnp.mean(rewards, -1, keepdims=True)
+
+
+def plain_leave_one_out(rewards):
+  others = jnp.sum(rewards, -1, keepdims=True) - rewards
+  return rewards - others / (rewards.shape[-1] - 1)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize(
+  ("ours", "plain"), [(adv.center, plain_center), (adv.leave_one_out, plain_leave_one_out)]
+)
+def test_a_mean_is_subtracted_as_exactly_as_by_the_plain_formula(ours, plain, offset):
+  rewards = (16 * np.random.default_rng(0).normal(size=(200, 51)) + offset).astype(np.float32)
+  exact = rewards - np.mean(rewards, -1, keepdims=True, dtype=np.float64)
+  exact *= 51 / 50 if ours is adv.leave_one_out else 1
+  error = lambda fn: np.max(np.abs(np.asarray(fn(rewards), float) - exact))
+  assert error(ours) <= 1.2 * error(plain)
+  assert error(ours) <= 1.2 * np.spacing(np.float32(np.abs(exact).max())) / 2  # rounded once
+  # The control: relative to the group's maximum the deviations are larger, and their rounding too.
+  shifted = lambda r: plain(r - r.max(-1, keepdims=True))
+  assert error(shifted) > 1.5 * error(ours)
+  if offset:
+    assert error(plain) > 100 * error(ours)
+
+
+def test_groups_with_something_to_learn():
+  rewards = jnp.array([[0.1, 0.1, 0.1], [1.0, 0.0, 0.0], [0.1, 0.1, 2.0], [0.0, 0.0, jnp.nan]])
+  where = jnp.array([[1, 1, 1], [0, 1, 1], [1, 1, 1], [1, 1, 1]], bool)
+  found = adv.informative(rewards, where)
+  assert found.dtype == bool
+  # Without the sample that is left out the second group is of equal rewards; NaN is not equal.
+  np.testing.assert_array_equal(found, np.array([[0] * 3, [0] * 3, [1] * 3, [1] * 3], bool))
+  np.testing.assert_array_equal(adv.informative(rewards)[1], True)
+  np.testing.assert_array_equal(jax.jit(adv.informative)(rewards, where), found)
+  ids = np.repeat(np.arange(4), 3)
+  flat = adv.by_group(adv.informative, rewards.ravel(), ids, where.ravel())
+  np.testing.assert_array_equal(flat, found.ravel())
+  # The control: a standard deviation of equal rewards in floats need not be 0.
+  assert jnp.std(jnp.full(7, 0.1)) > 0
+
+
+def test_without_uninformative_groups_denominators_are_those_of_a_batch_without_them():
+  rewards = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
+  mask = np.arange(3) < np.array([[3, 1], [2, 2], [1, 2]])[..., None]
+  without = [0, 2]
+  for weighting in (gpo.weightings.token_mean, gpo.weightings.sequence_mean):
+    objective = gpo.dapo().replace(weighting=weighting)
+    dropped = objective.prepare(rewards, mask & adv.informative(rewards)[..., None])
+    expected = objective.prepare(rewards[without], mask[without])
+    np.testing.assert_allclose(dropped.weights[np.array(without)], expected.weights, rtol=1e-6)
+    np.testing.assert_array_equal(dropped.weights[1], 0)
+    # The other convention: their tokens count, with advantage 0.
+    kept = objective.prepare(rewards, mask)
+    np.testing.assert_array_equal(kept.advantages[1], 0)
+    assert kept.weights[0, 0, 0] < dropped.weights[0, 0, 0]
+
+
+def by_the_others(rewards, where):
+  """NeMo-RL's: baseline and standard deviation are of the group's other samples."""
+  others = where[:, None] & ~jnp.eye(where.shape[-1], dtype=bool)[None]
+  spread = adv.center(jnp.broadcast_to(rewards[:, None], others.shape), others)
+  count = jnp.sum(others.astype(rewards.dtype), axis=-1)
+  std = jnp.sqrt(jnp.sum(spread**2, axis=-1) / jnp.maximum(count - 1, 1))
+  return adv.leave_one_out(rewards, where) / jnp.where(std > 0, std + 1e-6, 1)
+
+
+def test_the_recipe_of_a_standard_deviation_of_the_others(x64):
+  found = by_the_others(jnp.array([[1.0, 2.0, 3.0]]), jnp.ones((1, 3), bool))
+  np.testing.assert_allclose(found, [[-1.5 / (0.5**0.5 + 1e-6), 0, 1.5 / (0.5**0.5 + 1e-6)]])
+  np.testing.assert_allclose(found, [[-2.1213, 0, 2.1213]], rtol=1e-4)
+  found = by_the_others(jnp.asarray(REWARDS, float), jnp.ones(REWARDS.shape, bool))
+  for place in np.ndindex(REWARDS.shape):
+    others = np.delete(REWARDS[place[0]], place[1]).astype(float)
+    expected = (REWARDS[place] - others.mean()) / (others.std(ddof=1) + 1e-6)
+    np.testing.assert_allclose(found[place], expected, rtol=1e-9)
+  # The control: of the whole group it is ±1.
+  np.testing.assert_allclose(adv.standardize(jnp.array([1.0, 2.0, 3.0])), [-1, 0, 1], rtol=1e-3)
+  objective = gpo.dapo().replace(advantage=by_the_others)
+  prepared = objective.prepare(jnp.array([[1.0, 2.0, 3.0]]), jnp.ones((1, 3, 2)))
+  np.testing.assert_allclose(prepared.advantages[0, :, 0], [-2.1213, 0, 2.1213], atol=1e-5)
+
+
+def test_the_recipe_is_safe_if_the_others_are_equal():
+  rewards = jnp.array([[0.1, 0.1, 0.1, 0.1, 0.1, 1.0]])
+  found = by_the_others(rewards, jnp.ones((1, 6), bool))
+  np.testing.assert_allclose(found[0, -1], 0.9, rtol=1e-5)  # not 0.9 over a rounding error
+  std = jnp.std(rewards[0, :-1], ddof=1)
+  assert std != 0 or jnp.mean(rewards[0, :-1]) == rewards[0, 0]
+
+
 def test_uneven_groups_by_id():
   ids = np.array([5, 5, -1, 9, -1, 5, 9])
   rewards = np.random.default_rng(1).normal(size=7).astype(np.float32)
