@@ -40,9 +40,9 @@ def test_only_decoupled_and_ones_own_take_several_kinds_of_reward():
   for rewards, mask in ((kinds, BATCH.mask), (BATCH.rewards, BATCH.mask[0])):
     with pytest.raises(ValueError, match="rewards must have one value per response"):
       gpo.dapo().prepare(rewards, mask)
-  decoupled = gpo.dapo().replace(advantage=gpo.advantages.decoupled)
+  batch_wide = gpo.dapo().replace(advantage=gpo.advantages.batch_standardize)
   with pytest.raises(ValueError, match="leave group_ids out"):
-    decoupled.prepare(kinds, BATCH.mask, group_ids=np.ones((4, 4), int))
+    batch_wide.prepare(BATCH.rewards, BATCH.mask, group_ids=np.ones((4, 4), int))
 
 
 def test_optimal_baseline_of_packed_rows():
