@@ -87,7 +87,7 @@ def test_the_expressions_on_the_page_on_migrating_fit_their_slots():
     scope = vars(gpo_jax) | known | {"epsilon_high": 4.0}
     made = eval(expression.replace("…", "2.0"), scope)
     if isinstance(made, partial):
-      module = made.func.__module__.removeprefix("gpo_jax.")
+      module = made.func.__module__.removeprefix("gpo_jax.").partition(".")[0]
       slot = {"corrections": (made,)} if module == "corrections" else {module[:-1]: made}
       made = gpo_jax.dapo().replace(**slot)
     elif not isinstance(made, gpo_jax.Objective):

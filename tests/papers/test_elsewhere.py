@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gpo_jax as gpo
-from gpo_jax import divergences, levels, surrogates
+from gpo_jax import corrections, divergences, levels, surrogates
 from tests.support.batches import batch
 
 
@@ -93,3 +93,112 @@ def test_delta_of_two_sided_clipping_is_max_ratio(x64):
   expected = np.minimum(np.minimum(ratio, delta) * a, np.clip(ratio, 0.8, 1.28) * a)
   _, terms = objective(given.log_probs, rollout)
   np.testing.assert_allclose(terms.surrogate[given.mask], expected[given.mask], rtol=1e-12)
+
+
+# --- verl, NeMo-RL, prime-rl ---------------------------------------------------------------------
+
+
+def active(given, x):
+  return np.where(given.mask, x, 0) / given.mask.sum()
+
+
+def test_verls_k2_is_not_bounded():
+  delta = jnp.array([-30.0])
+  assert float(divergences.k2(delta, None, None)[0]) == 450  # what it is without the bound
+  mask = jnp.ones((1, 1, 1), bool)
+  objective = gpo.grpo(beta=1.0).replace(divergence=divergences.k2)
+  rollout = objective.prepare(
+    advantages=jnp.zeros((1, 1)), mask=mask, ref_log_probs=-jnp.ones(mask.shape)
+  )
+  assert float(objective(jnp.full(mask.shape, -31.0), rollout)[0]) == 200
+
+
+def test_verls_geometric_mean_of_the_samplers_weights(x64):
+  """`geo_mean` with `rollout_is`: a response's weight is the geometric mean of its tokens'."""
+  given = data()
+  mean_weight = lambda x, ro: jnp.exp(ro.mean(jnp.log(corrections.truncate_importance(x, ro))))
+  objective = gpo.gmpo().replace(corrections=(mean_weight,))
+  _, terms = objective(given.log_probs, given.prepare(objective))
+  w = np.minimum(given.old_log_probs - given.sampler_log_probs, np.log(2.0))
+  count = np.maximum(given.mask.sum(-1, keepdims=True), 1)
+  expected = np.exp(np.sum(w, -1, where=given.mask, keepdims=True) / count) + 0 * w
+  np.testing.assert_allclose(terms.factor[given.mask], expected[given.mask], rtol=1e-12)
+
+
+def test_verls_reinforce_in_bypass_mode_with_weights_of_responses(x64):
+  """w = min(Π π/μ, 2) of the current policy, without gradient, times A log π."""
+  given = data()
+  product = partial(corrections.truncate_importance, cap=2.0, level=levels.sequence_product)
+  objective = gpo.gpg().replace(corrections=(product,))
+  rollout = given.prepare(objective, old_log_probs=None)
+  gradient = jax.grad(lambda x: objective(x, rollout)[0])(given.log_probs)
+  log_w = np.sum(given.log_probs - given.sampler_log_probs, -1, where=given.mask, keepdims=True)
+  advantages = np.asarray(rollout.advantages)
+  expected = -active(given, np.minimum(np.exp(log_w), 2.0) * advantages)
+  np.testing.assert_allclose(gradient, expected, rtol=1e-11, atol=1e-15)
+
+
+def test_nemos_k3_has_the_gradient_of_k2(x64):
+  """There k3 is multiplied by e^(log π − sg log π), which is 1 and differentiable."""
+  given = data()
+  delta = given.log_probs - given.ref_log_probs
+
+  def theirs(x):
+    d = x - given.ref_log_probs
+    return jnp.sum(jnp.exp(x - given.log_probs) * (jnp.exp(-d) + d - 1), where=given.mask)
+
+  value, gradient = jax.value_and_grad(theirs)(given.log_probs)
+  ours = lambda x: jnp.sum(
+    divergences.straight_through(x - given.ref_log_probs, None, None), where=given.mask
+  )
+  found = jax.value_and_grad(ours)(given.log_probs)
+  np.testing.assert_allclose(found[0], value, rtol=1e-12)
+  np.testing.assert_allclose(found[1], gradient, rtol=1e-10, atol=1e-12)
+  np.testing.assert_allclose(gradient, np.where(given.mask, delta, 0), rtol=1e-10, atol=1e-12)
+  plain = jax.grad(lambda x: jnp.sum(divergences.k3(x - given.ref_log_probs, None, None)))
+  assert np.abs(np.where(given.mask, plain(given.log_probs) - gradient, 0)).max() > 0.01
+
+
+def test_nemos_kl_weighted_from_the_sampler(x64):
+  given = data()
+  weighted = lambda d, r, ro: divergences.unbiased(
+    d, r + ro.old_log_probs - ro.sampler_log_probs, ro
+  )
+  objective = gpo.dapo().replace(divergence=weighted, beta=1.0)
+  rollout = given.prepare(objective).replace(advantages=np.zeros((4, 4)))
+  gradient = jax.grad(lambda x: objective(x, rollout)[0])(given.log_probs)
+  ratio = np.exp(given.log_probs - given.sampler_log_probs)
+  expected = active(given, ratio * (given.log_probs - given.ref_log_probs))
+  np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_prime_rls_default_loss(x64):
+  """−keep A π/μ + τ (log π − log μ)², over tokens; the ratio is to the sampler."""
+  given = data()
+  penalty = gpo.tokenwise(lambda ref_log_ratio, log_ratio, rollout: log_ratio**2)
+  objective = gpo.dppo(low=0.05, high=0.1).replace(
+    advantage=gpo.advantages.center, divergence=penalty, beta=0.3
+  )
+  sampler = given.sampler_log_probs
+  rollout = objective.prepare(given.rewards, given.mask, sampler)
+  loss, gradient = jax.value_and_grad(lambda x: objective(x, rollout)[0])(given.log_probs)
+  a = np.broadcast_to(np.asarray(rollout.advantages), given.mask.shape)
+  ratio, moved = np.exp(given.log_probs - sampler), np.exp(given.log_probs) - np.exp(sampler)
+  keep = ~np.where(a > 0, moved > 0.1, moved < -0.05)
+  assert 0 < keep[given.mask & (a != 0)].mean() < 1
+  drift = given.log_probs - sampler
+  losses = 0.3 * drift**2 - keep * a * ratio
+  np.testing.assert_allclose(loss, losses[given.mask].mean(), rtol=1e-12)
+  slopes = 0.6 * drift - keep * a * ratio
+  np.testing.assert_allclose(gradient, active(given, slopes), rtol=1e-10, atol=1e-14)
+
+
+def test_a_sum_of_penalties(x64):
+  given = data()
+  both = lambda d, r, ro: divergences.unbiased(d, r, ro) + 0.1 * r**2
+  objective = gpo.grpo(beta=0.5).replace(divergence=both)
+  one = gpo.grpo(beta=0.5).replace(divergence=divergences.unbiased)
+  other = gpo.dapo().replace(divergence=lambda d, r, ro: r**2, beta=0.05)
+  rollout = given.prepare(objective).replace(advantages=np.zeros((4, 4)))
+  losses = [o(given.log_probs, rollout)[0] for o in (objective, one, other)]
+  np.testing.assert_allclose(losses[0], losses[1] + losses[2], rtol=1e-12)

@@ -188,6 +188,10 @@ CALLS = {
     },
     {"rewards": draw(2, 3), "where": WHERE, "lengths": draw(2, 3, sign=1)},
   ),
+  "generalized": Call(
+    advantages.generalized,
+    {"rewards": draw(2, 6), "values": draw(2, 6), "mask": IDS > 0, "segment_ids": IDS},
+  ),
   "weightings": Call(
     every(weightings, "mask", "segment_ids"), {"mask": IDS > 0, "segment_ids": IDS}
   ),

@@ -103,6 +103,9 @@ ENTRIES = {
     advantages.decoupled,
     {"rewards": draw(2, 2, 3), "where": WHERE, "weights": draw(2, sign=1)},
   ),
+  "generalized": (
+    advantages.generalized, {"rewards": draw(2, 6), "values": draw(2, 6)} | BY_MASK
+  ),
   "constant_length": (functools.partial(weightings.constant_length, length=8), BY_MASK),
   "entropy_mask": (
     lambda entropy, mask: corrections.entropy_mask(entropy, as_rollout(mask)),
@@ -237,7 +240,7 @@ def test_settings_are_numbers_and_a_nan_is_loud(entry, name):
       return function(**given, **{name: value})
     return loss_of(getattr(gpo, entry)(**NEEDED.get(entry, {}) | {name: value}))
 
-  none = [] if name in MAY_BE_NONE else [None]
+  none = [] if name in MAY_BE_NONE or (entry, name) == ("dppo", "high") else [None]
   for bad in ("0.2", 1j, [0.1, 0.2], {}, *none):
     with pytest.raises(ValueError, match=rf"^{name}\w* .*must (be a|hold)|^{name}\w* must"):
       pytest.fail(f"{bad}: {call(bad)}")
