@@ -198,7 +198,7 @@ class Objective:
     if advantage is None:
       raise ValueError(
         "the objective has no advantage function for rewards: pass advantages= to prepare, such as "
-        "advantages.generalized(rewards, values, mask), or use replace(advantage=…)"
+        "advantages.generalized(rewards, values, mask), or use replace(advantage=...)"
       )
     check_numbers(advantage)
     rewards = jnp.asarray(as_array("rewards", rewards))
