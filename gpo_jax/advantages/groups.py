@@ -162,7 +162,8 @@ def optimal_baseline(
   1 … S, stacked along the last axis.
 
   Args:
-    lengths: L ≥ 0, tokens per response, `[..., G]`; with `group_ids` flat, `lengths.ravel()`.
+    lengths: L ≥ 0, tokens per response, `[..., G]`; with `group_ids` flat, `lengths.ravel()`. In a
+      group of lengths 0 the baseline is the mean.
 
   Example:
     >>> print(optimal_baseline(jnp.array([1.0, 0.0]), lengths=jnp.array([3, 1])))

@@ -148,7 +148,8 @@ def pass_at_k(r, noise):
 
 def optimal_baseline(r, noise, lengths):
   s = noise(r - r.max(-1, keepdims=True))
-  baseline = np.sum(lengths * s, -1, keepdims=True) / max(np.sum(lengths), 1)
+  lengths = lengths if np.any(lengths) else np.ones(lengths.shape)
+  baseline = np.sum(lengths * s, -1, keepdims=True) / np.sum(lengths)
   return noise(s - baseline, np.abs(s).max(-1, keepdims=True))
 
 
