@@ -47,6 +47,17 @@ def _show(value: Any, dtype: Any) -> str:
   return f"{value!r:.60}: for a missing value use NaN and mask that response out"
 
 
+def check_number(name: str, value: Any) -> None:
+  """Checks that a configuration's value is not text or a bool, and says what YAML does."""
+  if isinstance(value, str | bytes):
+    raise ValueError(
+      f"{name} must be a number; got text, {value!r:.60}: write 3.0e-4 in YAML, to which 3e-4 is "
+      "text, and null for None; convert the text of a command line with float()"
+    )
+  if isinstance(value, bool):
+    raise ValueError(f"{name} must be a number; got {value}, as which YAML reads yes, no, on, off")
+
+
 def as_scalar(name: str, value: Any) -> Array:
   """Converts a number to the default float dtype: 0.2, 1 and array scalars share one trace."""
   number = as_array(name, value, "a number")

@@ -16,6 +16,7 @@ from functools import partial
 import chex
 
 from gpo_jax import advantages, corrections, divergences, levels, surrogates, weightings
+from gpo_jax._inputs import check_number
 from gpo_jax.objective import Objective
 
 PRESETS: dict[str, Callable[..., Objective]] = {}  # by name, in the order of this page
@@ -498,23 +499,19 @@ def preset(name: str, **numbers: chex.Numeric) -> Objective:
     The objective.
 
   Raises:
-    ValueError: for an unknown name, an unknown or missing argument, and numbers given as text: YAML
-      reads `3e-4` as text and `3.0e-4` as a number.
+    ValueError: for an unknown name, an unknown or missing argument, and numbers given as text or as
+      a bool: YAML reads `3e-4` as text and `3.0e-4` as a number, `None` as text and `yes` as True.
 
   Example:
     >>> print(preset("gspo", epsilon_low=1e-3).surrogate.keywords["epsilon_low"])
     0.001
   """
-  if name not in PRESETS:
+  if not isinstance(name, str) or name not in PRESETS:
     raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r:.60}")
   function = PRESETS[name]
   known = ", ".join(inspect.signature(function).parameters) or "none"
   for key, value in numbers.items():
-    if isinstance(value, str | bytes):
-      raise ValueError(
-        f"{key} of {name} must be a number; got text, {value!r:.60}: pass a number, in YAML with a "
-        "point (3.0e-4; 3e-4 is text to it)"
-      )
+    check_number(f"{key} of {name}", value)
   try:
     inspect.signature(function).bind(**numbers)
   except TypeError as error:

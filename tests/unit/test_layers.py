@@ -16,7 +16,7 @@ LAYERS = [
   {"objective", "specification"},
   {"presets"},
   {"linear"},
-  {"training", "integrations", "__init__"},
+  {"training", "configuration", "integrations", "__init__"},
 ]
 HEIGHT = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 LINEAR = [
