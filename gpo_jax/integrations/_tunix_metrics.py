@@ -9,8 +9,9 @@ from gpo_jax.types import Rollout, Terms
 
 
 def tunix_metrics(terms: Terms, rollout: Rollout) -> dict[str, jax.Array]:
-  """Adds to `summarize` what Tunix's learners log, by their names."""
+  """Adds to `summarize` what Tunix's learners log, by their names; the loss they log themselves."""
   metrics, mask = summarize(terms, rollout), rollout.mask
+  del metrics["loss"]
   share = weightings.token_mean(mask)
   one, kl = jnp.ones_like(terms.loss), terms.divergence
   factor = one if rollout.factor is None else rollout.factor

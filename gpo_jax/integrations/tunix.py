@@ -1,23 +1,29 @@
 """Objectives as policy losses of Tunix, whose learners then sample, shard and train."""
 
-import dataclasses
-import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gpo_jax import _segments
-from gpo_jax.integrations._tunix_metrics import tunix_metrics
-from gpo_jax.log_probs import token_entropy
+from gpo_jax._inputs import check_returned
+from gpo_jax._slots import describe
+from gpo_jax.integrations._tunix_loss import policy_loss, tunix
+from gpo_jax.linear import Sharding
 from gpo_jax.objective import Objective, check_objective
 from gpo_jax.traits import traits_of
-from gpo_jax.types import Advantage, Rollout
+from gpo_jax.types import Advantage
 
 
-def register(name: str, objective: Objective) -> None:
+def register(
+  name: str,
+  objective: Objective,
+  *,
+  head: Callable[[Any], Any] | None = None,
+  sharding: Sharding | None = None,
+  overwrite: bool = False,
+) -> None:
   """Registers an objective with Tunix: as a policy loss, and its advantage as an estimator.
 
       GRPOConfig(policy_loss_fn=name, advantage_estimator=name, …)
@@ -32,6 +38,10 @@ def register(name: str, objective: Objective) -> None:
   neither `train_micro_batch_size` nor `max_seq_token_per_tpu` they are exact. A Tunix that has
   `LossOutput` divides sums by sums: all `gpo_jax.weightings` are exact but `token_sum`, averaged.
 
+  Tunix adds up the rewards of several reward functions before an advantage sees them. For an
+  advantage of several kinds of reward, `decoupled`, set `GRPOConfig(reward_manager=name)` too,
+  which hands them over separately, in the order of `reward_fns`.
+
   With `num_iterations` above 1, sample at `temperature=1.0`: Tunix 0.1.7 computes old
   log-probabilities at 1 in its vanilla engine, whatever the temperature of the current ones.
 
@@ -40,11 +50,17 @@ def register(name: str, objective: Objective) -> None:
     objective: the objective. Without an advantage function it registers no estimator. Corrections
       that need `sampler_log_probs` do not work, Tunix passes none on; its own sampler weights
       multiply the surrogate.
+    head: `head(model)` → the model's unembedding `[V, H]`, or a `gpo.Head` with a bias or a
+      softcap; the temperature is Tunix's. The loss is then `linear_loss` of the hidden states that
+      the model returns for `skip_lm_head=True`, and logits of all tokens never form. Without it
+      they do, unless `compute_logps_chunk_size` is set, as in Tunix's own losses.
+    sharding: with `head`, how tokens `[B, T]` and the unembedding lie on the actor's mesh.
+    overwrite: whether a name that Tunix knows is replaced, for trainers that fix it: "grpo".
 
   Raises:
     ImportError: where Tunix is not installed.
-    ValueError: for a name that is taken and what is not an objective; later, in training, for a
-      divergence without a reference policy.
+    ValueError: for a name that is taken, and what is not an objective; later, in training, for a
+      divergence without a reference policy, and rewards of another number of kinds.
 
   Example:
     >>> import gpo_jax as gpo
@@ -57,95 +73,98 @@ def register(name: str, objective: Objective) -> None:
   Reference: https://github.com/google/tunix, `tunix.rl.function_registry`.
   """
   check_objective(objective)
-  _tunix("rl.algo_core")  # registers Tunix's own functions
-  registry = _tunix("rl.function_registry")
-  for kind in ("policy_loss_fn", "advantage_estimator"):
-    if name in registry.default_registry.list_functions(kind):
-      raise ValueError(f"Tunix has a {kind} named {name!r} already: choose another name")
-  registry.register_policy_loss_fn(name)(_policy_loss(objective))
+  tunix("rl.algo_core")  # registers Tunix's own functions
+  functions = {"policy_loss_fn": policy_loss(objective, head, sharding)}
   if objective.advantage is not None:
-    estimator = _advantage_estimator(objective.advantage)
-    registry.register_advantage_estimator(name)(estimator)
+    functions["advantage_estimator"] = _advantage_estimator(objective.advantage)
+    functions["reward_manager"] = _separate_rewards()
+  registry = tunix("rl.function_registry").default_registry
+  for kind in functions:
+    if name in registry.list_functions(kind) and not overwrite:
+      raise ValueError(
+        f"Tunix has a {kind} named {name!r} already: choose another name, or overwrite=True"
+      )
+  for kind, function in functions.items():
+    registry.register(kind, name)(function)
 
 
-def _tunix(module: str) -> Any:
-  try:
-    return importlib.import_module(f"tunix.{module}")
-  except ImportError as error:
-    raise ImportError(f'Tunix is missing: pip install "gpo_jax[tunix]" ({error})') from error
+def adapter(
+  objective: Objective,
+  *,
+  head: Callable[[Any], Any] | None = None,
+  sharding: Sharding | None = None,
+  **settings: Any,
+) -> Any:
+  """Makes the algorithm adapter of an objective for Tunix's experimental orchestrator.
+
+  The orchestrator asks an `AlgorithmAdapter` for advantages and for the loss, not the registry.
+  Needs a Tunix after 0.1.7.
+
+  Args:
+    objective: the objective.
+    head: as in `register`.
+    sharding: as in `register`.
+    **settings: of Tunix's `GRPOAdapter`: `group_size`, `mini_batch_size` and others.
+
+  Returns:
+    A `GRPOAdapter` whose advantages and loss are the objective's; it asks for the reference
+    policy's log-probabilities iff the objective has a divergence.
+
+  Raises:
+    ImportError: where Tunix is not installed, or has no orchestrator.
+    ValueError: for what is not an objective, and one without an advantage function.
+  """
+  check_objective(objective)
+  module = tunix("experimental.orchestrator.algorithm_adapter")
+  if objective.advantage is None:
+    raise ValueError("the orchestrator needs an objective with an advantage; got advantage=None")
+  estimate = _advantage_estimator(objective.advantage)
+
+  class ObjectiveAdapter(module.GRPOAdapter):
+    def compute_advantages(self, rewards, num_generations=None, **_):
+      return estimate(np.asarray(rewards), num_generations or self.group_size)
+
+    def loss_fn(self):
+      return policy_loss(objective, head, sharding)
+
+  made = ObjectiveAdapter(**settings)
+  made.requires_reference_kl = objective.divergence is not None
+  return made
 
 
 def _advantage_estimator(advantage: Advantage) -> Callable[..., jax.Array]:
+  traits, name = traits_of(advantage), describe(advantage)
+
   def estimate(rewards: Any, num_generations: int, valid_mask: Any = None) -> jax.Array:
-    groups = jnp.asarray(rewards, jnp.float32).reshape(-1, num_generations)
-    where = None if valid_mask is None else jnp.asarray(valid_mask, bool).reshape(groups.shape)
-    return advantage(groups, where).reshape(-1)
+    rewards = jnp.asarray(rewards, jnp.float32)
+    if traits.of_kinds and rewards.ndim == 1:
+      raise ValueError(
+        f"advantage={name} needs separate rewards, and Tunix has added them up: set "
+        "GRPOConfig(reward_manager=...) to the name of the objective, too"
+      )
+    if traits.ours and not traits.of_kinds and rewards.ndim > 1:
+      raise ValueError(
+        f"advantage={name} takes one reward per response; got {list(rewards.shape)}: leave "
+        "GRPOConfig(reward_manager=...) at its default, which adds rewards up"
+      )
+    groups = rewards.T.reshape(*rewards.shape[1:], -1, num_generations)
+    where = None if valid_mask is None else jnp.asarray(valid_mask, bool).reshape(groups.shape[-2:])
+    advantages = advantage(groups, where)
+    return check_returned("advantage", advantages, groups.shape[-2:], "response").reshape(-1)
 
   return estimate
 
 
-def _policy_loss(objective: Objective) -> Callable[..., Any]:
-  types = _tunix("sft.utils")
+def _separate_rewards() -> type:
+  """Makes the reward manager that does not add up what its functions return."""
+  manager = tunix("rl.reward_manager").SequenceRewardManager
 
-  def policy_loss(model, train_example, algo_config, pad_id, eos_id, **_) -> Any:
-    rollout = _rollout(objective, train_example)
-    log_probs, entropy = _forward(model, train_example, algo_config, pad_id, eos_id)
-    loss, terms = objective(log_probs, rollout)
-    metrics = tunix_metrics(dataclasses.replace(terms, entropy=entropy), rollout)
-    if not hasattr(types, "LossOutput"):  # up to 0.1.7
-      return loss, metrics
-    count, policy = _count(objective, rollout), metrics["pg_loss"]
-    loss, whole = (types.WeightedMetric(x * count, count) for x in (loss, policy))
-    return types.LossOutput(loss, metrics | {"reduced_pg_loss": policy, "unreduced_pg_loss": whole})
+  class SeparateRewards(manager):
+    def __call__(self, prompts, completions, **kwargs):
+      each = [manager(function, self.algo_config) for function in self.reward_fns]
+      rewards = [one(prompts, completions, **kwargs)["rewards"] for one in each]
+      rewards = np.stack(rewards, axis=1)
+      metrics = self._prepare_log_metrics(prompts, completions, rewards)
+      return {"rewards": rewards, "log_metrics": metrics}
 
-  return policy_loss
-
-
-def _rollout(objective: Objective, example: Any) -> Rollout:
-  if objective.divergence is not None and example.ref_per_token_logps is None:
-    raise ValueError(
-      "the divergence needs a reference policy, which Tunix leaves out where its own beta is 0: "
-      "give GRPOConfig(beta=...) any other number; the objective's beta is the one that counts"
-    )
-  mask, segment_ids = example.completion_mask.astype(bool), example.segment_ids
-  return Rollout(
-    advantages=example.advantages,
-    mask=mask,
-    weights=objective.weighting(mask, segment_ids),
-    old_log_probs=example.old_per_token_logps,
-    ref_log_probs=example.ref_per_token_logps,
-    segment_ids=segment_ids,
-    factor=getattr(example, "sampler_is_weights", None),
-  )
-
-
-def _forward(model, example, config, pad_id, eos_id) -> tuple[jax.Array, jax.Array]:
-  """Runs the policy as Tunix's own losses do: log-probabilities, and entropies for its logs."""
-  nnx: Any = importlib.import_module("flax.nnx")
-  compute = _tunix("rl.common").compute_per_token_logps
-  parameters = inspect.signature(compute).parameters
-  has_entropy = "return_entropy" in parameters  # after 0.1.7
-  given = {name: getattr(example, name, None) for name in parameters}  # segment ids and the like
-  given = {name: value for name, value in given.items() if value is not None}
-  given["return_entropy" if has_entropy else "return_logits"] = True
-  log_probs, second = compute(
-    *nnx.split(model),
-    prompt_tokens=example.prompt_ids,
-    completion_tokens=example.completion_ids,
-    pad_id=pad_id,
-    eos_id=eos_id,
-    stop_gradient=False,
-    temperature=getattr(config, "temperature", 1.0),
-    **given,
-  )
-  second = jax.lax.stop_gradient(second)
-  return log_probs, second if has_entropy else token_entropy(second)
-
-
-def _count(objective: Objective, rollout: Rollout) -> jax.Array:
-  """Counts what the weighting divides by: tokens or responses; 1 if that is not known."""
-  denominator = traits_of(objective.weighting).denominator
-  active = rollout.mask.astype(jnp.float32)
-  if denominator == "responses":
-    return _segments.count(active, rollout.segment_ids)
-  return jnp.sum(active) if denominator == "tokens" else jnp.ones(())
+  return SeparateRewards

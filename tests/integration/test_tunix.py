@@ -7,6 +7,7 @@ Dr. GRPO's constant, which is the padded width there.
 """
 
 import dataclasses
+import re
 import types
 import warnings
 from functools import partial
@@ -29,11 +30,12 @@ with warnings.catch_warnings():
   from tunix.tests import test_common
 
 import gpo_jax as gpo
-from gpo_jax.integrations.tunix import register
+from gpo_jax.integrations.tunix import adapter, register
 from tests.support.batches import grpo_with, relative_error
 
 SIZE = test_common.MockVocab().GetPieceSize()
 ROWS, PROMPT, LENGTH = 8, 4, 6
+PACKING = {"sequences_per_update": 1} if hasattr(sft_utils, "LossOutput") else {}
 TUNIX_GRPO = {"kl_loss_mode": "low_var_kl", "num_generations": 4}
 
 
@@ -62,8 +64,12 @@ class Policy(nnx.Module):
     self.hidden = nnx.Linear(16, 32, rngs=rngs)
     self.head = nnx.Linear(32, SIZE, rngs=rngs)
 
-  def __call__(self, x, positions, cache=None, attention_mask=None):
-    return 2 * self.head(nnx.tanh(self.hidden(3 * self.embedding(x)))), cache
+  def __call__(self, x, positions, cache=None, attention_mask=None, skip_lm_head=False):
+    hidden = nnx.tanh(self.hidden(3 * self.embedding(x)))
+    return hidden if skip_lm_head else self.compute_final_logits(hidden), cache
+
+  def compute_final_logits(self, hidden):
+    return 2 * self.head(hidden)
 
   def init_cache(self, batch_size, cache_size, dtype):
     return {"layer_0": {"end_index": jnp.zeros(batch_size, jnp.int32)}}
@@ -71,6 +77,10 @@ class Policy(nnx.Module):
   @property
   def num_embed(self):
     return SIZE
+
+
+def head(model):
+  return gpo.Head(2 * model.head.kernel[...].T, bias=2 * model.head.bias[...])
 
 
 def parameters(model):
@@ -106,14 +116,25 @@ def example():
   )
 
 
-def evaluate(name, example, **config):
-  """Loss, metrics and gradient of a registered loss, as Tunix's trainer takes them."""
+def reduced(output):
+  """Loss and metrics, of what a loss returns up to Tunix 0.1.7 and after it."""
+  if isinstance(output, tuple):
+    return output
+  scalar = lambda x: x.compute() if hasattr(x, "compute") else x
+  return scalar(output.primary_loss), {k: scalar(x) for k, x in output.aux_metrics.items()}
+
+
+def loss_of(name, chunk_size=0, **config):
   settings = types.SimpleNamespace(**(vars_of(GRPOConfig(**TUNIX_GRPO)) | config))
   settings.temperature = 0.7
   loss_fn = function_registry.get_policy_loss_fn(name)
-  run = nnx.jit(
-    nnx.value_and_grad(lambda model, x: loss_fn(model, x, settings, 0, 2), has_aux=True)
-  )
+  chunks = {"compute_logps_chunk_size": chunk_size}
+  return lambda model, x: reduced(loss_fn(model, x, settings, 0, 2, **chunks))
+
+
+def evaluate(name, example, **config):
+  """Loss, metrics and gradient of a registered loss, as Tunix's trainer takes them."""
+  run = nnx.jit(nnx.value_and_grad(loss_of(name, **config), has_aux=True))
   (loss, metrics), gradient = run(Policy(0), example)
   flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(nnx.to_pure_dict(gradient))])
   return float(loss), jax.tree.map(float, metrics), flat
@@ -164,6 +185,7 @@ def test_loss_gradient_and_metrics_are_tunixs(example, case, on_policy):
   for name in set(expected) - OF_THEIR_OWN - differing:
     assert metrics[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6), name
   assert not set(expected) - set(metrics) - {"pg_clipfrac_lower"}
+  assert "loss" not in metrics  # which Tunix logs itself: each step would be logged twice
   assert metrics["pg_clipfrac"] > 0 or on_policy  # else a clip could be missing
 
 
@@ -193,7 +215,7 @@ def test_advantages_are_tunixs_with_its_eps():
 
 def test_packed_rows_count_each_response(example):
   example = jax.tree.map(lambda x: x[1:], example).replace(sampler_is_weights=None)
-  (packed,), *rest = rl_utils.pack_sequences(iter([[example]]), 64)
+  (packed,), *rest = rl_utils.pack_sequences(iter([[example]]), 64, **PACKING)
   assert not rest
   assert packed.segment_ids.shape == (1, 64)
   register("ours", gpo.grpo())
@@ -243,6 +265,141 @@ def test_sums_and_denominators_of_microbatches_add_up(example, weighting, monkey
   assert total / denominator == pytest.approx(expected, rel=1e-5)
   mean = np.mean(losses[:, 0] / losses[:, 1])
   assert mean != pytest.approx(expected, rel=1e-3)
+
+
+def largest_logits(name, example, **config):
+  """The elements of the largest array with a vocabulary, in a program of loss and gradient."""
+  graphdef, state = nnx.split(Policy(0))
+  loss_fn = loss_of(name, **config)
+  program = jax.make_jaxpr(jax.grad(lambda s: loss_fn(nnx.merge(graphdef, s), example)[0]))(state)
+  shapes = re.findall(r"\w\d+\[([\d,]+)\]", str(program))
+  shapes = [[int(size) for size in shape.split(",")] for shape in shapes]
+  return max(np.prod(shape) for shape in shapes if SIZE in shape)
+
+
+@pytest.mark.parametrize(("name", "packed"), [("grpo", True), ("gspo", False)])  # one pass, two
+def test_a_head_gives_the_same_without_logits_of_all_tokens(example, packed, name):
+  if packed:
+    example = jax.tree.map(lambda x: x[1:], example).replace(sampler_is_weights=None)
+    (example,), *_ = rl_utils.pack_sequences(iter([[example]]), 64, **PACKING)
+  objective = getattr(gpo, name)()
+  register("plain", objective)
+  register("linear", objective, head=head)
+  loss, metrics, gradient = evaluate("plain", example)
+  linear_loss, linear_metrics, linear_gradient = evaluate("linear", example, chunk_size=2)
+  assert linear_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+  assert relative_error(linear_gradient, gradient) < 1e-5
+  assert linear_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+  logits = example.completion_ids.size * SIZE
+  assert largest_logits("plain", example) >= logits
+  assert largest_logits("linear", example, chunk_size=2) < logits
+
+
+@pytest.mark.skipif(not hasattr(sft_utils, "LossOutput"), reason="Tunix has no chunks up to 0.1.7")
+def test_the_chunk_size_of_tunix_bounds_the_logits(example):
+  register("ours", gpo.grpo())
+  expected = evaluate("ours", example)
+  found = evaluate("ours", example, chunk_size=2)
+  assert found[0] == pytest.approx(expected[0], rel=1e-5)
+  assert relative_error(found[2], expected[2]) < 1e-5
+  logits = example.completion_ids.size * SIZE
+  assert largest_logits("ours", example) >= logits
+  assert largest_logits("ours", example, chunk_size=2) < logits
+
+
+def test_a_model_without_hidden_states_says_so(example):
+  class Opaque(Policy):
+    def __call__(self, x, positions, cache=None, attention_mask=None):
+      return super().__call__(x, positions)
+
+  register("linear", gpo.grpo(), head=head)
+  with pytest.raises(ValueError, match="skip_lm_head=True; Opaque does not take it"):
+    loss_of("linear")(Opaque(0), example)
+
+
+def test_a_name_is_replaced_where_that_is_asked_for(example):
+  register("ours", gpo.cispo())
+  _, _, expected = evaluate("ours", example)
+  _, _, theirs = evaluate("grpo", example)
+  register("grpo", gpo.cispo(), overwrite=True)
+  _, _, gradient = evaluate("grpo", example)
+  assert relative_error(gradient, expected) == 0
+  assert relative_error(gradient, theirs) > 1e-2
+
+
+# --- several rewards -----------------------------------------------------------------------------
+
+REWARDS = {
+  "correct": np.array([1, 0, 0, 1, 0, 0, 1, 0.0]), "long": np.array([5, 90, 30, 7, 1, 2, 3, 4.0])
+}  # fmt: skip
+
+
+def reward_functions():
+  def function(name):
+    def reward(prompts, completions, **_):
+      return list(REWARDS[name])
+
+    reward.__name__ = name
+    return reward
+
+  return [function(name) for name in REWARDS]
+
+
+def rewards_of(manager):
+  made = function_registry.get_reward_manager(manager)(
+    reward_fns=reward_functions(), algo_config=GRPOConfig(**TUNIX_GRPO)
+  )
+  return made(prompts=[""] * 8, completions=[""] * 8)
+
+
+def test_separate_rewards_reach_an_advantage_of_several():
+  decoupled = partial(gpo.advantages.decoupled, weights=jnp.array([1.0, 0.5]))
+  register("ours", gpo.grpo().replace(advantage=decoupled))
+  info = rewards_of("ours")
+  np.testing.assert_array_equal(info["rewards"], np.stack(list(REWARDS.values()), 1))
+  estimate = function_registry.get_advantage_estimator("ours")
+  advantages = estimate(rewards=info["rewards"], num_generations=4)
+  groups = np.stack(list(REWARDS.values())).reshape(2, 2, 4)
+  np.testing.assert_allclose(advantages, decoupled(groups).reshape(-1), rtol=1e-6)
+  summed = gpo.advantages.standardize(groups.sum(0)).reshape(-1)
+  assert relative_error(advantages, summed) > 0.1
+  theirs = rewards_of("sequence-level")
+  assert theirs["rewards"].shape == (8,)
+  assert {"rewards/correct", "rewards/long"} < set(info["log_metrics"])
+  for name, (values, _) in theirs["log_metrics"].items():
+    np.testing.assert_array_equal(info["log_metrics"][name][0], values)
+
+
+def test_one_reward_where_several_are_needed_and_the_reverse_are_errors():
+  register("several", gpo.grpo().replace(advantage=gpo.advantages.decoupled))
+  register("one", gpo.grpo())
+  several, one = map(function_registry.get_advantage_estimator, ("several", "one"))
+  with pytest.raises(ValueError, match=r"Tunix has added them up: set GRPOConfig\(reward_manager"):
+    several(rewards=np.ones(8), num_generations=4)
+  with pytest.raises(ValueError, match=r"standardize takes one reward per response; got \[8, 2\]"):
+    one(rewards=np.ones((8, 2)), num_generations=4)
+  own = lambda rewards, where: rewards - jnp.mean(rewards, axis=-1, keepdims=True)
+  register("own", gpo.grpo().replace(advantage=own))
+  with pytest.raises(ValueError, match=r"advantage must return \[2, 4\], .*\[2, 2, 4\]"):
+    function_registry.get_advantage_estimator("own")(rewards=np.ones((8, 2)), num_generations=4)
+
+
+# --- the orchestrator ----------------------------------------------------------------------------
+
+
+def test_the_orchestrators_adapter():
+  module = pytest.importorskip("tunix.experimental.orchestrator.algorithm_adapter")
+  made = adapter(gpo.rloo(), group_size=4, mini_batch_size=2)
+  assert isinstance(made, module.AlgorithmAdapter)
+  assert made.mini_batch_size == 2
+  assert not made.requires_reference_kl
+  assert adapter(gpo.grpo()).requires_reference_kl
+  rewards = [1.0, 0.0, 0.0, 0.0]
+  np.testing.assert_allclose(
+    made.compute_advantages(rewards), gpo.advantages.leave_one_out(np.array(rewards)), rtol=1e-6
+  )
+  register("ours", gpo.rloo())
+  assert made.loss_fn().__qualname__ == function_registry.get_policy_loss_fn("ours").__qualname__
 
 
 def test_mistakes_are_named(example):
