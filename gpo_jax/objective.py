@@ -6,7 +6,7 @@ loss = Σ_t weight_t (−factor_t surrogate(level(log_ratio))_t + β divergence_
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import chex
 import jax
@@ -93,6 +93,7 @@ class Objective:
   beta: chex.Numeric | None = None
   corrections: tuple[Correction, ...] = ()
   allow_token_weighting: bool = False
+  _structure: ClassVar[Any]  # of the slots, numbers taken out; set for each instance
 
   def __post_init__(self):
     """Makes the slots leaves and structure."""
@@ -110,6 +111,7 @@ class Objective:
     corrections = tuple(as_slot("corrections", correction) for correction in given)
     object.__setattr__(self, "corrections", corrections)
     check_combination(self)
+    object.__setattr__(self, "_structure", jax.tree.structure(self._slots()))
 
   def prepare(
     self,
@@ -291,20 +293,34 @@ class Objective:
     return f"Objective({', '.join(slots)})".replace(", corrections=()", "")
 
   def tree_flatten_with_keys(self):
-    """Splits the objective into its slots and its structure."""
-    names = [field.name for field in dataclasses.fields(self)][:-1]
-    children = [(GetAttrKey(name), getattr(self, name)) for name in names]
-    return children, (tuple(names), self.allow_token_weighting)
+    """Splits the objective into its numbers, named as they are reached, and its structure."""
+    numbers, structure = self.tree_flatten()
+    counted = jax.tree.unflatten(self._structure, range(len(numbers)))
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(counted)]
+    names = [f"{_SLOTS[path[0].idx]}{jax.tree_util.keystr(path[1:])}" for path in paths]
+    return list(zip(map(GetAttrKey, names), numbers, strict=True)), structure
+
+  def tree_flatten(self):
+    """Splits the objective into its numbers and its structure: no empty node, for Orbax."""
+    numbers = self._structure.flatten_up_to(self._slots())  # whatever JAX has put in their places
+    return numbers, (self._structure, self.allow_token_weighting)
+
+  def _slots(self) -> tuple[Any, ...]:
+    return tuple(getattr(self, name) for name in _SLOTS)
 
   @classmethod
   def tree_unflatten(cls, structure, children) -> "Objective":
     """Puts the slots back unchecked: JAX fills them with more than numbers."""
-    names, allow_token_weighting = structure
+    slots, allow_token_weighting = structure
     self = object.__new__(cls)
-    slots = dict(zip(names, children, strict=True))
-    for name, value in (slots | {"allow_token_weighting": allow_token_weighting}).items():
+    values = dict(zip(_SLOTS, jax.tree.unflatten(slots, children), strict=True))
+    values |= {"allow_token_weighting": allow_token_weighting, "_structure": slots}
+    for name, value in values.items():
       object.__setattr__(self, name, value)
     return self
+
+
+_SLOTS = tuple(field.name for field in dataclasses.fields(Objective))[:-1]
 
 
 def evaluate_terms(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> Terms:
