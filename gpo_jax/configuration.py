@@ -36,7 +36,8 @@ _MODULES: dict[str, ModuleType] = {
   "divergence": divergences,
   "corrections": corrections,
 }
-_REQUIRED = ("surrogate", "level", "advantage", "weighting")
+_OF_ARGUMENT = _MODULES | {"statistic": divergences}
+_REQUIRED = ("surrogate", "level", "weighting")
 _KEYS = (*_MODULES, "beta", "allow_token_weighting")
 
 
@@ -102,7 +103,7 @@ def from_config(config: Mapping[str, Any]) -> Objective:
     slots = _slots(config)
     if missing := [key for key in _REQUIRED if key not in slots]:
       raise ValueError(f"config must have {', '.join(missing)}, or preset; got {list(config)}")
-    return Objective(**slots)
+    return Objective(**{"advantage": None, **slots})
   given = {str(key): value for key, value in config.items() if key != "preset"}
   function = PRESETS.get(config["preset"]) if isinstance(config["preset"], str) else None
   taken = inspect.signature(function).parameters if function else ()
@@ -115,7 +116,7 @@ def from_config(config: Mapping[str, Any]) -> Objective:
 def _write(key: str, slot: Any) -> Any:
   if isinstance(slot, tuple):
     return [_write(key, one) for one in slot]
-  name, module = describe(Partial(slot.func)), _MODULES[key]
+  name, module = describe(Partial(slot.func)), _OF_ARGUMENT[key]
   if slot.args or _functions(key).get(name) is not slot.func:
     raise ValueError(
       f"{key}={name} has no name in a configuration: only the functions of {module.__name__} have; "
@@ -141,10 +142,10 @@ def _number(key: str, value: Any) -> Any:
 
 def _functions(key: str) -> dict[str, Any]:
   """Finds the functions that a slot can have, by name."""
-  module = _MODULES[key]
+  module = _OF_ARGUMENT[key]
   known = {name: (f, traits_of(f)) for name, f in vars(module).items()}
   fitting = {name: f for name, (f, traits) in known.items() if traits.ours and not traits.how}
-  return {name: f for name, f in fitting.items() if f.__module__ == module.__name__}
+  return {name: f for name, f in fitting.items() if f.__module__.startswith(module.__name__)}
 
 
 def _slots(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,7 @@ def _slots(config: Mapping[str, Any]) -> dict[str, Any]:
       many = value if not isinstance(value, str | Mapping) and np.iterable(value) else [value]
       slots[key] = tuple(_read(f"{key}[{i}]", key, one) for i, one in enumerate(many))
     elif key in _MODULES:
-      slots[key] = None if value is None and key == "divergence" else _read(key, key, value)
+      slots[key] = None if value is None and key not in _REQUIRED else _read(key, key, value)
     elif key == "beta":
       check_number(key, value)
       slots[key] = value
@@ -168,7 +169,7 @@ def _slots(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(where: str, key: str, value: Any) -> Any:
-  known, module = _functions(key), _MODULES[key].__name__
+  known, module = _functions(key), _OF_ARGUMENT[key].__name__
   numbers = dict(value) if isinstance(value, Mapping) else {"function": value}
   name = numbers.pop("function", None)
   if not isinstance(name, str) or name not in known:
@@ -182,7 +183,7 @@ def _read(where: str, key: str, value: Any) -> Any:
     raise ValueError(f"{where}={name} takes {', '.join(takes) or 'none'}; got {unknown[0]!r}")
   bound = {number: numbers[number] for number in takes if number in numbers}
   for number, given in bound.items():
-    if number in _MODULES:
+    if number in _OF_ARGUMENT:
       bound[number] = _read(f"{where}.{number}", number, given)
     else:
       check_number(f"{where}.{number}", given)

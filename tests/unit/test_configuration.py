@@ -31,6 +31,13 @@ OBJECTIVES = PRESETS | {
       ),
     )
   ),
+  "reject": gpo.ppo().replace(
+    corrections=(
+      partial(
+        corrections.reject, high=0.1, statistic=gpo.divergences.k1, level=levels.sequence_max
+      ),
+    )
+  ),
   "allowed": gpo.gspo().replace(
     allow_token_weighting=True, weighting=partial(gpo.weightings.constant_length, length=7)
   ),
@@ -129,8 +136,8 @@ def changed(**changes):
 
 WRONG = {
   "not_a_dictionary": (["dapo"], r"config must be a dictionary; got \['dapo'\]"),
-  "empty": ({}, "config must have surrogate, level, advantage, weighting, or preset"),
-  "missing": ({"surrogate": "reinforce"}, r"must have level, advantage, weighting, .*\['surro"),
+  "empty": ({}, "config must have surrogate, level, weighting, or preset"),
+  "missing": ({"surrogate": "reinforce"}, r"must have level, weighting, .*\['surro"),
   "unknown_key": (changed(gamma=1), "config takes preset, surrogate, .*; got 'gamma'"),
   "unknown_function": (
     changed(level="tokn"),
