@@ -1,10 +1,11 @@
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Workers for the tests; the doctests and the tests share one run.
 JOBS ?= 2
 
-.PHONY: help setup demo test test-fast test-all test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks docs readme build clean
+.PHONY: help setup demo test test-fast test-all test-skyrl test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks docs readme build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -35,6 +36,13 @@ $(VENV)/.clients: $(VENV)/.complete
 	$(BIN)/python -m pip install --quiet --editable ".[examples,notebooks,docs,tunix]"
 	@touch $@
 
+# Its own environment: SkyRL needs Python 3.12, and brings torch.
+.venv-skyrl/.complete: pyproject.toml
+	$(PYTHON312) -m venv --clear .venv-skyrl
+	.venv-skyrl/bin/python -m pip install --quiet --upgrade "pip>=24"
+	.venv-skyrl/bin/python -m pip install --quiet --editable ".[dev,skyrl]" flatbuffers
+	@touch $@
+
 # The floors of the dependencies and of the demo's, read from pyproject.toml.
 .venv-lowest/.complete: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-lowest
@@ -61,6 +69,11 @@ test-fast: setup  ## Run a quick part of them, for the inner loop: about a minut
 
 test-all: $(VENV)/.clients  ## Run the slow tests too, with every client installed
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@if $(PYTHON312) -c '' 2>/dev/null; then $(MAKE) test-skyrl; \
+	else echo "skipped: SkyRL needs Python 3.12; name one, make test-all PYTHON312=..."; fi
+
+test-skyrl: .venv-skyrl/.complete  ## Run the tests that need SkyRL or torch, on Python 3.12
+	.venv-skyrl/bin/python -m pytest $(ARGS) tests/integration/test_skyrl.py tests/integration/test_checkpoints.py
 
 # Old versions of other packages deprecate each other's names.
 test-lowest: .venv-lowest/.complete  ## Run the tests with the oldest supported versions
@@ -109,5 +122,5 @@ build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## Remove what was built, the virtual environment included
-	rm -rf $(VENV) .venv-lowest .venv-peers .venv-chips dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis bench-output demo-output
+	rm -rf $(VENV) .venv-skyrl .venv-lowest .venv-peers .venv-chips dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis bench-output demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,7 +103,8 @@ def from_config(config: Mapping[str, Any]) -> Objective:
     slots = _slots(config)
     if missing := [key for key in _REQUIRED if key not in slots]:
       raise ValueError(f"config must have {', '.join(missing)}, or preset; got {list(config)}")
-    return Objective(**{"advantage": None, **slots})
+    slots.setdefault("advantage", None)
+    return Objective(**slots)
   given = {str(key): value for key, value in config.items() if key != "preset"}
   function = PRESETS.get(config["preset"]) if isinstance(config["preset"], str) else None
   taken = inspect.signature(function).parameters if function else ()

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+import gpo_jax as gpo
+
 ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 FRAMEWORKS = {
@@ -50,7 +52,15 @@ def test_a_policy_of_every_framework_learns(name):
 
 
 def test_every_framework_has_its_example():
-  assert {path.stem for path in EXAMPLES.glob("with_*.py")} == set(FRAMEWORKS)
+  assert {path.stem for path in EXAMPLES.glob("with_*.py")} == {*FRAMEWORKS, "with_hydra"}
+
+
+@pytest.mark.slow
+def test_hydra_makes_the_objective_from_files_and_the_command_line():
+  pytest.importorskip("hydra", reason="pip install hydra-core")
+  printed = finish(launch("with_hydra", "objective=gspo", "objective.epsilon_high=5e-4"))
+  assert printed.strip() == repr(gpo.gspo(epsilon_low=3e-4, epsilon_high=5e-4))
+  assert finish(launch("with_hydra")).strip() == repr(gpo.dapo())
 
 
 @pytest.mark.slow
