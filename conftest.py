@@ -2,14 +2,18 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
 import pytest
+
+from tests.support.quick import QUICK
+
+# `make test-all` compiles as users do.
+_flags = {"xla_force_host_platform_device_count": 8} | ({} if os.environ.get("OPTIMIZE") else QUICK)
+_said = [f"--{name}={value}".lower() for name, value in _flags.items()]
+os.environ["XLA_FLAGS"] = " ".join([*_said, os.environ.get("XLA_FLAGS", "")])
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -8,10 +8,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo
+from tests.support.quick import optimized
 
 
 def compiled(function, *arguments):
-  return jax.jit(function).lower(*arguments).compile().as_text()
+  return optimized(function).lower(*arguments).compile().as_text()
 
 
 def looped(trips):

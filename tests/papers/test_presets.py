@@ -436,8 +436,8 @@ def summed_ratio(tokens):
 
 def two_sided(ratio, advantage, low, high):
   """clip(ρ)A, without the minimum."""
-  inside = low < complex(ratio).real < high
-  return (ratio if inside else low if complex(ratio).real < high else high) * advantage
+  value = reference.real(ratio)
+  return (ratio if low < value < high else low if value < high else high) * advantage
 
 
 @functools.cache

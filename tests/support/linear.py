@@ -9,6 +9,7 @@ import numpy as np
 
 import gpo_jax as gpo
 from tests.support.batches import PRESETS, batch, relative_error
+from tests.support.quick import jit, optimized
 
 WIDTH, VOCABULARY = 16, 56
 SETTINGS = {"temperature": 0.7, "softcap": 3.0}
@@ -21,9 +22,6 @@ TILINGS = {
 }
 BATCH = batch(prompts=8)
 MASK = BATCH.mask
-# Half the time to compile: what LLVM adds is speed, which nobody measures here.
-_QUICK = {"xla_backend_optimization_level": 0}
-jit = functools.partial(jax.jit, compiler_options=_QUICK)
 
 
 def draw(seed=0, shape=MASK.shape, vocabulary=VOCABULARY, width=WIDTH, dtype=jnp.float32):
@@ -101,7 +99,7 @@ def assert_same(found, wanted, tolerance=1e-5):
 
 def products(function, *arguments):
   """Counts the matrix products of a compiled program, without those for improbable tokens."""
-  text = jax.jit(function).lower(*arguments).compile().as_text()
+  text = optimized(function).lower(*arguments).compile().as_text()
   found = re.findall(r"( dot\(|custom-call.*matmul|__onednn)(.*)", text)
   return sum("improbable_tokens" not in rest for _, rest in found)
 
@@ -109,5 +107,5 @@ def products(function, *arguments):
 def temporaries(function, *shapes):
   """Counts the bytes that a compiled program holds besides arguments and results."""
   arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  compiled = jit(function).lower(*arguments).compile()
+  compiled = optimized(function).lower(*arguments).compile()
   return compiled.memory_analysis().temp_size_in_bytes

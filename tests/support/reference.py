@@ -6,9 +6,9 @@ rounding. Every comparison that decides a branch goes through `above`, which rem
 two sides were apart: so a test knows which branches it took, and that no input sat on a kink.
 """
 
+import cmath
 import collections
 import math
-from cmath import exp
 from typing import NamedTuple
 
 import numpy as np
@@ -41,20 +41,27 @@ class Response(NamedTuple):
 
 
 def gradient(loss, batch, log_probs, **hyperparameters):
-  """The loss and its gradient in log_probs."""
+  """The loss and its gradient in log_probs; along a last axis, each active token is moved once."""
   value = loss(batch, log_probs, log_probs, **hyperparameters)
+  moved = np.repeat(log_probs[..., None].astype(complex), batch.mask.sum(), axis=-1)
+  moved[batch.mask] += 1e-30j * np.eye(batch.mask.sum())
   result = np.zeros(log_probs.shape)
-  for index in np.ndindex(log_probs.shape):
-    if batch.mask[index]:
-      moved = log_probs.astype(complex)
-      moved[index] += 1e-30j
-      result[index] = complex(loss(batch, moved, log_probs, **hyperparameters)).imag / 1e-30
-  return complex(value).real, result
+  result[batch.mask] = np.imag(loss(batch, moved, log_probs, **hyperparameters)) / 1e-30
+  return real(value), result
+
+
+def real(value):
+  """The real part, which every move leaves as it is."""
+  return float(np.ravel(value)[0].real) if isinstance(value, np.ndarray) else complex(value).real
+
+
+def exp(x):
+  return np.exp(x) if isinstance(x, np.ndarray) else cmath.exp(x)
 
 
 def above(what, value, limit, advantage=None):
   """Whether value > limit, remembered under a name, apart for good and bad samples."""
-  distance = complex(value).real - limit
+  distance = real(value) - limit
   if advantage is None:
     BRANCHES[what].append(distance)
   elif advantage != 0:
@@ -63,12 +70,12 @@ def above(what, value, limit, advantage=None):
 
 
 def smaller(a, b):
-  return a if complex(a).real <= complex(b).real else b
+  return a if real(a) <= real(b) else b
 
 
 def responses(batch, advantages, log_probs, frozen):
   """All responses that have an active token."""
-  new, now = log_probs.tolist(), frozen.tolist()
+  new, now = (x.tolist() if x.ndim == 3 else x for x in (log_probs, frozen))
   old = now if batch.old is None else batch.old.tolist()
   ref = None if batch.ref is None else batch.ref.tolist()
   sampler = old if batch.sampler is None else batch.sampler.tolist()
