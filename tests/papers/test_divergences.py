@@ -14,6 +14,7 @@ import pytest
 import gpo_jax as gpo
 from gpo_jax import divergences as div
 from gpo_jax._numerics import exp_excess
+from tests.support.quick import jit
 
 sg = jax.lax.stop_gradient
 pytestmark = pytest.mark.usefixtures("x64")
@@ -23,8 +24,7 @@ def close(x, y):
   return np.allclose(x, y, rtol=1e-9, atol=1e-11)
 
 
-# --- one token
-# -------------------------------------------------------------------------------------
+# --- one token -----------------------------------------------------------------------------------
 
 
 def log_policies(seed):
@@ -33,14 +33,14 @@ def log_policies(seed):
   return jnp.asarray(rng.normal(size=6) * 0.6), old, ref
 
 
+@functools.partial(jit, static_argnums=0)
 def estimate(divergence, logits, log_old, log_ref):
   """E over x from μ of the penalty, and of its gradient by autodiff."""
 
   def expectation(logits):
     log_p = jax.nn.log_softmax(logits)
-    mu = log_p if log_old is None else log_old
-    penalty = divergence(log_p - log_ref, log_p - sg(mu), None)
-    return jnp.sum(sg(jnp.exp(mu)) * penalty)
+    penalty = divergence(log_p - log_ref, log_p - log_old, None)
+    return jnp.sum(jnp.exp(log_old) * penalty)
 
   return jax.value_and_grad(expectation)(logits)
 
@@ -49,6 +49,7 @@ def kl(log_a, log_b):
   return jnp.sum(jnp.exp(log_a) * (log_a - log_b))
 
 
+@jit
 def targets(logits, log_ref):
   """The quantities that estimators are unbiased for: value and gradient of each."""
   chi2 = lambda p: jnp.sum((jnp.exp(p) - jnp.exp(log_ref)) ** 2 / jnp.exp(log_ref))
@@ -90,7 +91,8 @@ TABLE = {
 def test_what_one_token_estimates(name, on_policy, seed):
   logits, log_old, log_ref = log_policies(seed)
   divergence, *expected = TABLE[name]
-  value, gradient = estimate(divergence, logits, None if on_policy else log_old, log_ref)
+  log_old = jax.nn.log_softmax(logits) if on_policy else log_old
+  value, gradient = estimate(divergence, logits, log_old, log_ref)
   truth = targets(logits, log_ref)
   for measured, target, column in zip(
     (value, gradient), expected[:2] if on_policy else expected[2:], (0, 1)
@@ -187,6 +189,7 @@ def with_exact_kl(kind, logits, ref, packed):
   return lambda _, log_ratio, rollout: div.sequence_exact(kl, log_ratio, rollout)
 
 
+@functools.partial(jit, static_argnames=("divergence", "packed"))
 def sequence_estimate(divergence, logits, old, ref, packed=False):
   """E over responses from μ of Σ_t penalty_t, and its gradient, through an `Objective`."""
   shares = jnp.where(MASK, jnp.exp(response_log_probs(old))[:, None], 0)
@@ -210,6 +213,7 @@ def sequence_estimate(divergence, logits, old, ref, packed=False):
   return jax.value_and_grad(expectation)(logits)
 
 
+@jit
 def true_sequence_kl(logits, ref):
   exact = lambda x: jnp.sum(
     jnp.exp(response_log_probs(x)) * (response_log_probs(x) - response_log_probs(ref))
@@ -399,9 +403,9 @@ GATES = {
 def test_gates(name):
   surrogate, gate = GATES[name]
   rho, advantages = (x.ravel() for x in np.meshgrid(np.linspace(0.05, 3.05, 121), [-1.5, 0.0, 2.0]))
-  gradient = jax.grad(lambda d: jnp.sum(surrogate(d, jnp.asarray(advantages))))(np.log(rho))
+  gradient = jit(jax.grad(lambda d: jnp.sum(surrogate(d, jnp.asarray(advantages)))))(np.log(rho))
   np.testing.assert_allclose(gradient, gate(rho, advantages) * advantages, rtol=1e-12, atol=1e-15)
-  on_policy = jax.vmap(jax.grad(surrogate), (None, 0))(0.0, jnp.asarray(advantages))
+  on_policy = jit(jax.vmap(jax.grad(surrogate), (None, 0)))(0.0, jnp.asarray(advantages))
   np.testing.assert_allclose(on_policy, advantages, rtol=1e-15)
 
 
@@ -425,18 +429,28 @@ def test_clipped_values_are_the_written_ones():
   np.testing.assert_allclose(wide, 4.0, rtol=1e-6)  # no bound on good samples
 
 
+@jit
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+@jax.grad
+def slope_of_clip(log_ratio, advantage, epsilon):
+  return gpo.surrogates.clip(log_ratio, advantage, epsilon_low=epsilon)
+
+
+@jit
+@functools.partial(jax.vmap, in_axes=(0, None, None))
+@jax.grad
+def slope_of_clipped_sequence(log_ratio, advantage, low):
+  ones = jnp.ones(1)
+  rollout = gpo.Rollout(advantages=advantage[None], mask=ones, weights=ones)
+  return gpo.levels.clipped_sequence(log_ratio[None], rollout, low=low)[0]
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 3e-4, 0.1, 0.2, 0.28, 0.9])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_ties_keep_the_unclipped_gradient(epsilon, dtype):
-  for side, a in itertools.product((1, -1, 0), (2.0, -2.0)):
-    tie = jnp.log1p(jnp.asarray(side * epsilon, dtype))
-    gradient = jax.grad(
-      lambda d: gpo.surrogates.clip(
-        d, jnp.asarray(a, dtype), epsilon_low=jnp.asarray(epsilon, dtype)
-      )
-    )(tie)
-    np.testing.assert_allclose(gradient, a * (1 + side * epsilon), rtol=1e-6)
-    c = jnp.asarray(0.4, dtype)
-    rollout = gpo.Rollout(advantages=jnp.full(1, a, dtype), mask=jnp.ones(1), weights=jnp.ones(1))
-    level = jax.grad(lambda d: gpo.levels.clipped_sequence(d, rollout, low=c)[0])(side * c[None])
-    assert level == 1
+  sides = jnp.asarray([1, -1, 0], dtype)
+  c = jnp.asarray(0.4, dtype)
+  for a in jnp.asarray([2, -2], dtype):
+    gradient = slope_of_clip(jnp.log1p(sides * epsilon), a, jnp.asarray(epsilon, dtype))
+    np.testing.assert_allclose(gradient, a * (1 + sides * epsilon), rtol=1e-6)
+    np.testing.assert_array_equal(slope_of_clipped_sequence(sides * c, a, c), 1)

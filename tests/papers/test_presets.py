@@ -11,6 +11,7 @@ import pytest
 
 import gpo_jax as gpo
 from tests.support import reference
+from tests.support.quick import jit
 
 PRESETS = gpo.presets.PRESETS
 REQUIRED = {"dr_grpo": {"length": 7.0}}
@@ -58,8 +59,7 @@ def loss_of(objective, log_probs, rollout):
   return objective(log_probs, rollout)[0]
 
 
-plain = jax.value_and_grad(loss_of, argnums=1)
-compiled = jax.jit(plain)
+compiled = jit(jax.value_and_grad(loss_of, argnums=1))
 
 
 def make(name, **hyperparameters):
@@ -115,8 +115,8 @@ def prepare(objective, batch):
   )
 
 
-def evaluate(objective, batch, log_probs, function=plain):
-  loss, gradient = function(objective, jnp.asarray(log_probs), prepare(objective, batch))
+def evaluate(objective, batch, log_probs):
+  loss, gradient = compiled(objective, jnp.asarray(log_probs), prepare(objective, batch))
   return np.asarray(loss), np.asarray(gradient)
 
 
@@ -202,7 +202,7 @@ def test_off_policy_in_float32(name, branches):
   for seed in SEEDS[:2]:
     batch, log_probs = draw(seed, dtype=np.float32)
     expected = expect(name, batch, log_probs)
-    actual = evaluate(make(name), batch, log_probs, compiled)
+    actual = evaluate(make(name), batch, log_probs)
     assert actual[0].dtype == actual[1].dtype == np.float32
     assert gap(actual, expected) < TOLERANCE[np.float32]
   assert_away_from_kinks(branches)
@@ -301,7 +301,7 @@ def test_without_beta(name, x64):
 def test_garbage_in_masked_positions_is_invisible(name):
   batch, log_probs = draw(0, dtype=np.float32)
   objective = make(name)
-  clean = evaluate(objective, batch, log_probs, compiled)
+  clean = evaluate(objective, batch, log_probs)
   assert np.isfinite(clean[0])
   assert clean[1][batch.mask].any()
   assert not clean[1][~batch.mask].any()
@@ -312,7 +312,7 @@ def test_garbage_in_masked_positions_is_invisible(name):
       rewards=rewards, **dict(zip(("old", "ref", "sampler"), dirty[1:], strict=True))
     )
     assert not np.array_equal(dirty[0], log_probs)
-    actual = evaluate(objective, batch_of_garbage, dirty[0], compiled)
+    actual = evaluate(objective, batch_of_garbage, dirty[0])
     for ours, cleans in zip(actual, clean, strict=True):
       assert ours.tobytes() == cleans.tobytes(), garbage
 
@@ -393,7 +393,7 @@ def test_gspo_token_is_gspo_where_a_response_has_one_advantage(seed, x64):
   rollout = prepare(gspo, batch)
   steps = np.arange(1.0, 1 + SHAPE[2]).reshape(1, 1, -1)
   rollout = rollout.replace(advantages=rollout.advantages * steps)
-  results = [plain(objective, jnp.asarray(log_probs), rollout)[1] for objective in (gspo, token)]
+  results = [compiled(objective, jnp.asarray(log_probs), rollout)[1] for objective in (gspo, token)]
   assert np.max(np.abs(results[0] - results[1])) > 1e-2 * np.max(np.abs(results[0]))
 
 

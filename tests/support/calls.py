@@ -13,6 +13,7 @@ import numpy as np
 import gpo_jax as gpo
 from gpo_jax import advantages, corrections, divergences, levels, surrogates, weightings
 from gpo_jax.traits import traits_of
+from tests.support.quick import jit
 
 RNG = np.random.default_rng(0)
 
@@ -42,7 +43,8 @@ LOG_PROBS, PACKED_LOG_PROBS = draw(*MASK.shape), draw(*IDS.shape)
 PLAIN = {"rewards": draw(1, 3), "mask": MASK} | {name: draw(*MASK.shape) for name in NAMES}
 PACKED = {"rewards": draw(2, 3), "mask": IDS > 0, "segment_ids": IDS, "group_ids": IDS[:, ::2] // 2}
 PACKED |= {name: draw(*IDS.shape) for name in NAMES}
-ROLLOUT, PACKED_ROLLOUT = OBJECTIVE.prepare(**PLAIN), OBJECTIVE.prepare(**PACKED)
+_prepare, _evaluate = jit(lambda arrays: OBJECTIVE.prepare(**arrays)), jit(OBJECTIVE)
+ROLLOUT, PACKED_ROLLOUT = _prepare(PLAIN), _prepare(PACKED)
 SAMPLES = {name: draw(3, sign=1) for name in ("ratios", "advantages", "pi_current", "pi_ref")}
 WHERE = np.array([[1, 1, 1], [1, 1, 0]], bool)
 LOGITS = {"logits": draw(2, 5), "support": np.array([1, 1, 1, 1, 0], bool)}
@@ -173,7 +175,7 @@ CALLS = {
     _with_rollout(lambda rollout, **terms: gpo.summarize(
       gpo.Terms(**{k.removeprefix("terms_"): x for k, x in terms.items()}), rollout
     )),
-    _FIELDS | {f"terms_{k}": x for k, x in _fields(OBJECTIVE(LOG_PROBS, ROLLOUT)[1]).items()},
+    _FIELDS | {f"terms_{k}": x for k, x in _fields(_evaluate(LOG_PROBS, ROLLOUT)[1]).items()},
   ),
   "by_group": Call(
     functools.partial(advantages.by_group, advantages.center),

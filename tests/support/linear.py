@@ -72,7 +72,7 @@ def step(loss, argnums=(0, 1, 2, 3), **how):
 @functools.cache
 def near(name):
   """A preset's rollout whose other policies are near the one of the hidden states."""
-  log_probs = log_probs_of(HIDDEN, UNEMBEDDING, BIAS).log_probs
+  log_probs = jit(log_probs_of)(HIDDEN, UNEMBEDDING, BIAS).log_probs
   rng = np.random.default_rng(3)
   names = ("old_log_probs", "ref_log_probs", "sampler_log_probs")
   noisy = {n: log_probs + rng.normal(0, 0.3, MASK.shape).astype(np.float32) for n in names}

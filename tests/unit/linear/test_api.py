@@ -360,7 +360,10 @@ def divergence(function=gpo.vocabulary.kl, hidden=HIDDEN, head=UNEMBEDDING, **ch
   return gpo.linear_divergence(function, hidden, head, **reference)
 
 
-OTHER = gpo.dapo().prepare([[1.0, 0.0]], np.ones((1, 2, 3)))
+def loss_of_another_shape():
+  return loss(rollout=gpo.dapo().prepare([[1.0, 0.0]], np.ones((1, 2, 3))))
+
+
 WRONG = {
   "tokens_shifted_by_one": (lambda: log_probs(tokens=TOKENS[..., 1:]), "tokens must .* shift"),
   "tokens_of_floats": (lambda: log_probs(tokens=TOKENS.astype(float)), "tokens must be integers"),
@@ -373,7 +376,7 @@ WRONG = {
     lambda: loss(gpo.grpo),
     r"call the preset, such as gpo.grpo\(\)",
   ),
-  "rollout_of_another_shape": (lambda: loss(rollout=OTHER), "mask must have the shape of tokens"),
+  "rollout_of_another_shape": (loss_of_another_shape, "mask must have the shape of tokens"),
   "rollout_without_reference": (
     lambda: loss(rollout=near("grpo").replace(ref_log_probs=None)),
     "divergence=k3 needs rollout.ref_log_probs",

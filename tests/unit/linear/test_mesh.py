@@ -35,11 +35,10 @@ OBJECTIVES = (gpo.dapo(), gpo.gspo())  # one pass, two passes
 TILING = gpo.Tiling(5, 5)
 
 
+@functools.cache
 def rollouts():
-  return [objective.prepare(linear.BATCH.rewards, MASK, OLD) for objective in OBJECTIVES]
-
-
-OLD = linear.near("grpo").old_log_probs
+  old = linear.near("grpo").old_log_probs
+  return [objective.prepare(linear.BATCH.rewards, MASK, old) for objective in OBJECTIVES]
 
 
 def both(state, tokens, rollouts, **how):
