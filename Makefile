@@ -2,8 +2,10 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Workers for the tests; the doctests and the tests share one run.
+# Workers for the tests; the doctests and the tests share one run. A file stays with a worker, which
+# compiles its programs once, until another has nothing left to do.
 JOBS ?= 2
+SHARED = -n $(JOBS) --dist worksteal
 
 .PHONY: help setup demo test test-fast test-all test-skyrl test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks docs readme build clean
 .DEFAULT_GOAL := help
@@ -61,14 +63,14 @@ demo: setup  ## A small policy learns to add, in about 3 minutes
 	$(BIN)/python -m examples.demo $(ARGS)
 
 test: setup  ## Run the tests, the doctests and the README
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m "not slow" $(ARGS)
 
 FAST := $(addprefix tests/unit/test_,$(addsuffix .py,traits layers types inputs slots levels surrogates metrics))
 test-fast: setup  ## Run a quick part of them, for the inner loop: about a minute
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow" -q $(FAST) $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m "not slow" -q $(FAST) $(ARGS)
 
 test-all: $(VENV)/.clients  ## Run the slow tests too, with every client installed
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OPTIMIZE=1 $(BIN)/python -m pytest $(SHARED) $(ARGS)
 	@if $(PYTHON312) -c '' 2>/dev/null; then $(MAKE) test-skyrl; \
 	else echo "skipped: SkyRL needs Python 3.12; name one, make test-all PYTHON312=..."; fi
 
@@ -77,7 +79,7 @@ test-skyrl: .venv-skyrl/.complete  ## Run the tests that need SkyRL or torch, on
 
 # Old versions of other packages deprecate each other's names.
 test-lowest: .venv-lowest/.complete  ## Run the tests with the oldest supported versions
-	.venv-lowest/bin/python -m pytest -n $(JOBS) -m "not slow" -W default::DeprecationWarning $(ARGS)
+	.venv-lowest/bin/python -m pytest $(SHARED) -m "not slow" -W default::DeprecationWarning $(ARGS)
 
 lint: setup  ## Check format and style
 	$(BIN)/ruff format --check .

@@ -35,13 +35,6 @@ apply = jax.jit(Policy.__call__)
 draw = jax.jit(sample)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def policy():
   return SmallPolicy(nnx.Rngs(0))

@@ -218,6 +218,7 @@ def test_uneven_groups(axis_type, sharded, packed):
   group_ids = np.arange(24).reshape(8, 3) % 5
   mask = ids > 0 if packed else np.ones((8, 3, 2))
 
+  @jit
   def step(rewards, group_ids, mask, ids):
     kind = {"segment_ids": ids} if packed else {}
     rollout = objective.prepare(rewards, mask, group_ids=group_ids, **kind)

@@ -23,7 +23,7 @@ FRAMEWORKS = {
 
 
 def launch(script, *arguments, devices=1):
-  flags = f"--xla_force_host_platform_device_count={devices}"
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
   environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
   return subprocess.Popen(
     [sys.executable, EXAMPLES / f"{script}.py", *map(str, arguments)],

@@ -58,11 +58,12 @@ def from_hidden(objective, rollout, state, scale):
 def compiled(dtype, kind):
   """Gradients as a function of the powers of two of the weights and of the loss's scale."""
   state, objective = data(dtype), OBJECTIVES[kind]
-  log_probs = gpo.token_log_probs(linear.logits_of(*map(jnp.float32, state[:3])), state[3])
+  of_state = lambda *x: gpo.token_log_probs(linear.logits_of(*map(jnp.float32, x)), state[3])
+  log_probs = linear.jit(of_state)(*state[:3])
   rng = np.random.default_rng(2)
   old = log_probs + rng.normal(size=SHAPE).astype(np.float32) * 0.1
   rollout = objective.prepare(rng.random(SHAPE[:-1]), np.ones(SHAPE), old)
-  slopes = jax.grad(lambda x: objective(x, rollout)[0])(log_probs)
+  slopes = linear.jit(jax.grad(lambda x: objective(x, rollout)[0]))(log_probs)
   wanted = exact(state, (slopes, np.zeros(SHAPE)))
 
   def gradients(weight, scale):

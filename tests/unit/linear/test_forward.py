@@ -1,5 +1,7 @@
 """One pass over the vocabulary: log-probabilities and entropies, to rounding."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from gpo_jax.linear.forward import look
 from gpo_jax.linear.head import as_head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
 from gpo_jax.linear.sweep import _sweep
+from tests.support.quick import jit
 
 RNG = np.random.default_rng(0)
 
@@ -116,10 +119,8 @@ def test_gradients_of_probable_and_improbable_tokens_on_every_path(chip, scale, 
   mask = jnp.arange(length) != 4
   given = tuple(jnp.asarray(RNG.normal(size=length), jnp.float32) for _ in range(2))
   head = gpo.Head(unembedding, None, None, jnp.float32(1))
-  outputs, gradients = _sweep(
-    gpo.Tiling(8), Layout(), lambda _, slopes: Slopes(*slopes), chip, hidden, head, tokens,
-    jnp.ones(length, bool), mask, given,
-  )  # fmt: skip
+  sweep = jit(functools.partial(_sweep, gpo.Tiling(8), Layout(), lambda _, x: Slopes(*x), chip))
+  outputs, gradients = sweep(hidden, head, tokens, jnp.ones(length, bool), mask, given)
 
   def wanted(hidden, unembedding):
     logits = hidden @ unembedding.T
@@ -129,7 +130,7 @@ def test_gradients_of_probable_and_improbable_tokens_on_every_path(chip, scale, 
     return total, log_probs
 
   wide = [x.astype(jnp.float64) for x in (hidden, unembedding)]
-  expected, log_probs = jax.grad(wanted, (0, 1), has_aux=True)(*wide)
+  expected, log_probs = jit(jax.grad(wanted, (0, 1), has_aux=True))(*wide)
   assert (np.min(log_probs) < -100) == (scale > 1)
   wanted_log_probs = np.where(mask, log_probs, 0)
   np.testing.assert_allclose(outputs.log_probs, wanted_log_probs, rtol=1e-6, atol=1e-5)

@@ -84,7 +84,17 @@ def check(found):
     assert_same(jax.device_get(gradients), jax.device_get(wanted_gradients), 2e-5)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# The others are met below: on an explicit mesh, on the mesh in context.
+AUTO = ("fsdp_over_hidden", "fsdp_over_vocabulary", "vocabulary", "sequence", "hidden_over_both")
+AUTO += ("tokens_and_vocabulary_over_one_axis",)
+
+
+def quick(some):
+  slow = lambda name: () if name in some else pytest.mark.slow
+  return [pytest.param(name, marks=slow(name)) for name in LAYOUTS]
+
+
+@pytest.mark.parametrize("name", quick(AUTO))
 def test_an_auto_mesh_gives_what_one_device_gives(name):
   sizes, tokens, unembedding = LAYOUTS[name]
   mesh = mesh_of(sizes, AxisType.Auto)
@@ -92,11 +102,7 @@ def test_an_auto_mesh_gives_what_one_device_gives(name):
   check(run(*placed(mesh, tokens, unembedding)))
 
 
-SOME = ("data", "fsdp_and_vocabulary", "sequence_and_fsdp")
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name not in SOME]
-
-
-@pytest.mark.parametrize("name", [*SOME, *REST])
+@pytest.mark.parametrize("name", quick(("data", "fsdp_and_vocabulary", "sequence_and_fsdp")))
 def test_an_explicit_mesh_needs_no_sharding(name):
   sizes, tokens, unembedding = LAYOUTS[name]
   mesh = mesh_of(sizes, AxisType.Explicit)
