@@ -14,7 +14,6 @@ import pytest
 import gpo_jax as gpo
 from gpo_jax import Rollout, corrections, levels, weightings
 from tests.support.batches import COVERING, PRESETS, batch
-from tests.support.quick import jit
 
 BATCH = batch()
 
@@ -60,16 +59,16 @@ def test_meta_gradients_through_an_objective(x64):
   data = batch(dtype=np.float64)
   rollout = data.prepare(gpo.grpo())
 
-  @jit
+  @jax.jit
   def after_one_step(beta, epsilon):
     objective = gpo.grpo(beta=beta, epsilon_low=epsilon)
     gradient = jax.grad(lambda x: objective(x, rollout)[0])(data.log_probs)
     return gpo.dapo()(data.log_probs - 5.0 * gradient, rollout)[0]
 
-  slope = jit(jax.grad(after_one_step))(0.1, 0.2)
+  slope = jax.jit(jax.grad(after_one_step))(0.1, 0.2)
   numeric = (after_one_step(0.1 + 1e-5, 0.2) - after_one_step(0.1 - 1e-5, 0.2)) / 2e-5
   np.testing.assert_allclose(slope, numeric, rtol=1e-6)
-  loss = jit(lambda epsilon: gpo.grpo(epsilon_low=epsilon)(data.log_probs, rollout)[0])
+  loss = jax.jit(lambda epsilon: gpo.grpo(epsilon_low=epsilon)(data.log_probs, rollout)[0])
   numeric = (loss(0.2 + 1e-6) - loss(0.2 - 1e-6)) / 2e-6
   np.testing.assert_allclose(jax.grad(loss)(0.2), numeric, rtol=1e-6)
 
