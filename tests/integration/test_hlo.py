@@ -8,11 +8,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo
-from tests.support.quick import optimized
+from tests.support.quick import fused
 
 
 def compiled(function, *arguments):
-  return optimized(function).lower(*arguments).compile().as_text()
+  return fused(function).lower(*arguments).compile().as_text()
 
 
 def looped(trips):

@@ -11,7 +11,7 @@ import gpo_jax as gpo
 from gpo_jax import advantages, corrections, divergences, levels, weightings
 from tests.support.batches import PRESETS, batch, relative_error, value_and_grad
 from tests.support.calls import functions_of
-from tests.support.quick import optimized
+from tests.support.quick import fused
 
 BATCH = batch()
 LOG_PROBS = jnp.asarray(BATCH.log_probs)
@@ -161,6 +161,6 @@ def test_what_a_level_a_correction_or_cispo_cuts_off_is_not_counted_as_clipped(n
 def test_groups_by_id_hold_64_values_per_sample_at_a_time():
   samples = 4096
   of_ids = functools.partial(advantages.by_group, advantages.standardize)
-  run = optimized(lambda rewards: of_ids(rewards, jnp.arange(samples) // 8))
+  run = fused(lambda rewards: of_ids(rewards, jnp.arange(samples) // 8))
   memory = run.lower(jnp.zeros(samples)).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 8 * 4 * 64 * samples

@@ -9,7 +9,7 @@ import numpy as np
 
 import gpo_jax as gpo
 from tests.support.batches import PRESETS, batch, relative_error
-from tests.support.quick import jit, optimized
+from tests.support.quick import fused, jit
 
 WIDTH, VOCABULARY = 16, 56
 SETTINGS = {"temperature": 0.7, "softcap": 3.0}
@@ -99,7 +99,7 @@ def assert_same(found, wanted, tolerance=1e-5):
 
 def products(function, *arguments):
   """Counts the matrix products of a compiled program, without those for improbable tokens."""
-  text = optimized(function).lower(*arguments).compile().as_text()
+  text = fused(function).lower(*arguments).compile().as_text()
   found = re.findall(r"( dot\(|custom-call.*matmul|__onednn)(.*)", text)
   return sum("improbable_tokens" not in rest for _, rest in found)
 
@@ -107,5 +107,5 @@ def products(function, *arguments):
 def temporaries(function, *shapes):
   """Counts the bytes that a compiled program holds besides arguments and results."""
   arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  compiled = optimized(function).lower(*arguments).compile()
+  compiled = fused(function).lower(*arguments).compile()
   return compiled.memory_analysis().temp_size_in_bytes

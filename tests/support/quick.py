@@ -5,9 +5,11 @@ from importlib.metadata import version
 
 import jax
 
-QUICK, OPTIMIZED = {"xla_backend_optimization_level": 0}, {"xla_backend_optimization_level": 3}
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # newer XLA does not know it
-  QUICK["xla_cpu_use_fusion_emitters"], OPTIMIZED["xla_cpu_use_fusion_emitters"] = False, True
+# Without LLVM's optimizations, and without the emitters of fusions.
+QUICK = _as_users = {"xla_backend_optimization_level": 0}
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # newer XLA has one emitter
+  QUICK, _as_users = ({**QUICK, "xla_cpu_use_fusion_emitters": on} for on in (False, True))
 
 jit = functools.partial(jax.jit, compiler_options=QUICK)
-optimized = functools.partial(jax.jit, compiler_options=OPTIMIZED)
+# Fused as users' programs are: for what a program is made of, its memory and its work.
+fused = functools.partial(jax.jit, compiler_options=_as_users)

@@ -11,7 +11,7 @@ import gpo_jax as gpo
 from gpo_jax import weightings
 from tests.support.batches import COVERING, PRESETS, batch, grpo_with
 from tests.support.packing import pack
-from tests.support.quick import optimized
+from tests.support.quick import fused
 
 BATCH = batch()
 EVERY = pytest.mark.parametrize("name", COVERING)
@@ -247,10 +247,10 @@ def test_metrics_cost_nothing_when_unused():
   rollout = BATCH.prepare(gpo.grpo())
 
   def compiled(keep):
-    both = optimized(lambda x: keep(*gpo.grpo()(x, rollout)))
+    both = fused(lambda x: keep(*gpo.grpo()(x, rollout)))
     return both.lower(BATCH.log_probs).compile().cost_analysis()["flops"]
 
   alone = compiled(lambda loss, terms: loss)
   assert compiled(lambda loss, terms: (loss, gpo.summarize(terms, rollout))) > 1.2 * alone
-  plain = optimized(lambda x: grpo_with(weightings.sequence_mean)(x, rollout)[0])
+  plain = fused(lambda x: grpo_with(weightings.sequence_mean)(x, rollout)[0])
   assert plain.lower(BATCH.log_probs).compile().cost_analysis()["flops"] == alone

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import gpo_jax as gpo
 from tests.support import linear
 from tests.support.linear import BIAS, HIDDEN, MASK, TOKENS, UNEMBEDDING, VOCABULARY, assert_same
-from tests.support.quick import optimized
+from tests.support.quick import fused
 
 # Devices along each axis, tokens [P, G, T] (8, 4, 6), unembedding [V, H] (56, 16).
 LAYOUTS = {
@@ -318,7 +318,7 @@ def test_devices_tell_each_other_a_few_numbers_per_token_in_the_loop_and_the_une
     return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
 
   arguments = given((*shape, width), tokens), given((vocabulary, width), unembedding)
-  step = optimized(jax.grad(loss, (0, 1)))
+  step = fused(jax.grad(loss, (0, 1)))
   found = collectives(step.lower(*arguments).compile().as_text())
   assert all(size <= 8 * chunk for _, size, in_loop in found if in_loop), found
   assert any(in_loop for *_, in_loop in found) == ("vocabulary" in name)
