@@ -79,8 +79,8 @@ class Objective:
     ...   advantage=gpo.advantages.center,
     ...   weighting=gpo.weightings.token_mean,
     ... )
-    >>> rollout = objective.prepare(rewards=jnp.array([[1.0, 0.0]]), mask=jnp.ones((1, 2, 3)))
-    >>> loss, terms = objective(jnp.full((1, 2, 3), -1.5), rollout)
+    >>> rollout = objective.prepare(rewards=jnp.array([[1.0, 0.0]]), mask=jnp.ones((1, 2, 4)))
+    >>> loss, terms = objective(jnp.full((1, 2, 4), -1.5), rollout)
     >>> print(loss, terms.gate[0, :, 0])
     0.0 [ 0.5 -0.5]
   """
