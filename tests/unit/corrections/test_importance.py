@@ -314,3 +314,30 @@ def test_verls_seq_mask_tis_is_a_rejection_and_an_untruncated_weight():
   _, terms = objective(BATCH.log_probs, ROLLOUT)
   expected = np.exp(LOG_W) * ratio("mean", 0.8, 1.1)
   np.testing.assert_allclose(terms.factor[MASK], expected[MASK], rtol=1e-5)
+
+
+# --- from hidden states --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [levels.token, levels.sequence_max])
+def test_from_hidden_states_the_same_tokens_are_rejected(level, x64):
+  """In one pass and in two; without old log-probabilities the policy itself is compared."""
+  rng = np.random.default_rng(0)
+  hidden, unembedding = rng.normal(size=(1, 2, 5, 4)), rng.normal(size=(7, 4))
+  tokens, mask = rng.integers(0, 7, (1, 2, 5)), np.array([[[1, 1, 0, 1, 1], [1, 1, 1, 1, 0]]], bool)
+  log_probs_of = lambda h, w: gpo.token_log_probs(jnp.einsum("...h,vh->...v", h, w), tokens)
+  sampler = log_probs_of(hidden, unembedding) + 0.4 * rng.normal(size=mask.shape)
+  objective = gpo.dapo().replace(corrections=(partial(corrections.reject, high=0.05, level=level),))
+  assert one_pass.is_enough(objective) == (level is levels.token)
+  ids = np.array([[[1, 1, 1, 2, 2], [1, 2, 2, 2, 2]]])
+  rollout = objective.prepare(
+    advantages=rng.normal(size=mask.shape), mask=mask, sampler_log_probs=sampler, segment_ids=ids
+  )
+  plain = lambda h, w: objective(log_probs_of(h, w), rollout)[0]
+  linear = lambda h, w: gpo.linear_loss(objective, h, w, tokens, rollout)[0]
+  expected, found = (
+    jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(hidden, unembedding) for f in (plain, linear)
+  )
+  jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-14), found, expected)
+  factor = objective(log_probs_of(hidden, unembedding), rollout)[1].factor
+  assert 0 < np.asarray(factor)[mask].mean() < 1
