@@ -48,7 +48,7 @@ def draw_structure(rng, **forced):
   s |= {"grouped": often(0.3), "bias": often(0.5), "softcap": often(0.3)}
   s["more"] = pick(rng, [None, None, "factor", "entropy"])
   s |= forced
-  s["grouped"] &= s["advantage"] not in ("batch_standardize", "decoupled")
+  s["grouped"] &= s["advantage"] != "batch_standardize"
   s["sampler"] |= any("importance" in name or name == "reject" for name in s["corrections"])
   s["responses"] = int(rng.integers(1, 5)), int(rng.integers(2, 6))
   length = int(rng.integers(4, 16) if s["packed"] else rng.integers(1, 9))
@@ -59,8 +59,7 @@ def draw_structure(rng, **forced):
   names = (*(s[slot] for slot in naive.SLOTS), *s["corrections"])
   s["keys"] = {x: [y for y in naive.RANGES.get(x, ()) if "[" not in y or often(0.5)] for x in names}
   s["levels"] = {x: pick(rng, ["token", "sequence", "sequence_product"]) for x in s["corrections"]}
-  s["settings"] = {"compact": pick(rng, [None, True, False])}
-  s["settings"] |= {"chunk_size": pick(rng, [None, 1, 3]), "tile_size": pick(rng, [None, 2, 5])}
+  s["settings"] = {"chunk_size": pick(rng, [None, 1, 3]), "tile_size": pick(rng, [None, 2, 5])}
   return s
 
 
@@ -134,7 +133,7 @@ def draw_batch(s, rng):
 
 
 def build(s, k):
-  """The objective, its numbers from all batches."""
+  """The objective, with the numbers of one batch."""
   slots = {x: partial(getattr(getattr(gpo, x + "s"), s[x]), **k[x]) for x in naive.SLOTS}
   corrections = []
   for name in s["corrections"]:
@@ -161,8 +160,9 @@ def run_all(s, batches, traces):
   a["mask"] = a["mask"].astype(s["mask"])
 
   def one(both):
-    objective, a = both
+    k, a = both
     traces.append(s)
+    objective = build(s, k)
     optional = {f"{name}_log_probs": a.get(name) for name in ("ref", "sampler")}
     optional |= {name: a.get(name) for name in ("segment_ids", "group_ids")}
     rollout = objective.prepare(a["rewards"], a["mask"], a.get("old"), **optional)
@@ -173,18 +173,19 @@ def run_all(s, batches, traces):
       rollout = rollout.replace(factor=factor)
 
     def loss(x):
-      head = {name: a[name] for name in ("temperature", "softcap") if name in a}
+      numbers = {name: a[name] for name in ("temperature", "softcap") if name in a}
       if s["kind"] == "linear":
-        head |= {"bias": x[2] if s["bias"] else None} | s["settings"]
-        return gpo.linear_loss(objective, x[0], x[1], a["tokens"], rollout, **head)[0]
+        head = gpo.Head(x[1], x[2] if s["bias"] else None, **numbers)
+        tiling = gpo.Tiling(**s["settings"])
+        return gpo.linear_loss(objective, x[0], head, a["tokens"], rollout, tiling=tiling)[0]
       if s["kind"] == "logits":
-        where = a["mask"].astype(bool)[..., None]
-        x = [gpo.token_log_probs(x[0], a["tokens"], where=where, **head)]
+        support = a["mask"].astype(bool)[..., None]
+        x = [gpo.token_log_probs(x[0], a["tokens"], support=support, **numbers)]
       return objective(x[0], rollout)[0]
 
     return jax.value_and_grad(loss)(a["x"])
 
-  losses, gradients = jax.jit(partial(jax.lax.map, one))((build(s, k), a))
+  losses, gradients = jax.jit(partial(jax.lax.map, one))((k, a))
   assert losses.dtype == (np.float64 if s["x64"] else np.float32)
   assert {g.dtype for g in gradients} == {np.dtype(s["types"]["x"])}
   return np.asarray(losses), [np.asarray(g).astype(float) for g in gradients]
@@ -221,7 +222,7 @@ def judge(s, batch, loss, gradients):
   for got, expected, size, more in found:
     allowed = 16 * np.max(np.abs(expected - expected[0])) + 32 * unit * size + more + lost
     gaps.append(np.abs(got - expected[0]) / allowed)
-    shares.append(allowed / max(size, 1e-300))
+    shares.append(float(allowed) / max(float(size), 1e-300))
   return np.max(gaps), shares[0]
 
 
