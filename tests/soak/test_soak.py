@@ -329,7 +329,7 @@ def train_on_stale_samples(steps):
   state = train.start(Policy(nnx.Rngs(keys[1])), adam)
   arm = experiment.Arm("warm start")
   warm = experiment.warm_start(arm, step, state, keys[2], config.warm_start_until)
-  step, state = experiment.reinforcement("gpo", config, warm.policy, problems)
+  step, state = experiment.rl_arm("gpo", config, warm.policy, problems)
 
   @jax.jit
   def finite(tree):
