@@ -32,7 +32,11 @@ def paper(name: str) -> str:
   """Links the first paper of a preset's reference."""
   reference = PRESETS[name].__doc__.partition("Reference:")[2]
   number = re.search(r"arXiv:(\d{4}\.\d{5})", reference)
-  return f"[{number[1]}](https://arxiv.org/abs/{number[1]})" if number else "below"
+  return (
+    f"[{number[1]}](https://arxiv.org/abs/{number[1]})"
+    if number
+    else "[written](written_objective.md)"
+  )
 
 
 def row(name: str) -> str:
