@@ -143,10 +143,8 @@ def _number(key: str, value: Any) -> Any:
 
 def _functions(key: str) -> dict[str, Any]:
   """Finds the functions that a slot can have, by name."""
-  module = _OF_ARGUMENT[key]
-  known = {name: (f, traits_of(f)) for name, f in vars(module).items()}
-  fitting = {name: f for name, (f, traits) in known.items() if traits.ours and not traits.how}
-  return {name: f for name, f in fitting.items() if f.__module__.startswith(module.__name__)}
+  known = {name: (f, traits_of(f)) for name, f in vars(_OF_ARGUMENT[key]).items()}
+  return {name: f for name, (f, traits) in known.items() if traits.ours and not traits.how}
 
 
 def _slots(config: Mapping[str, Any]) -> dict[str, Any]:
