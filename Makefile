@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SHARED = -n $(JOBS) --dist worksteal
 
-.PHONY: help setup demo test test-fast test-all test-skyrl test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks docs readme build clean
+.PHONY: help setup demo test test-fast test-all test-skyrl test-easydel test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks docs readme build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -45,6 +45,13 @@ $(VENV)/.clients: $(VENV)/.complete
 	.venv-skyrl/bin/python -m pip install --quiet --editable ".[dev,skyrl]" flatbuffers
 	@touch $@
 
+# Its own environment: EasyDeL pins JAX and Flax, and needs pillow and torch without saying so.
+.venv-easydel/.complete: pyproject.toml
+	$(PYTHON) -m venv --clear .venv-easydel
+	.venv-easydel/bin/python -m pip install --quiet --upgrade "pip>=24"
+	.venv-easydel/bin/python -m pip install --quiet --editable ".[dev]" easydel pillow torch
+	@touch $@
+
 # The floors of the dependencies and of the demo's, read from pyproject.toml.
 .venv-lowest/.complete: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-lowest
@@ -73,6 +80,10 @@ test-all: $(VENV)/.clients  ## Run the slow tests too, with every client install
 	OPTIMIZE=1 $(BIN)/python -m pytest $(SHARED) $(ARGS)
 	@if $(PYTHON312) -c '' 2>/dev/null; then $(MAKE) test-skyrl; \
 	else echo "skipped: SkyRL needs Python 3.12; name one, make test-all PYTHON312=..."; fi
+	$(MAKE) test-easydel
+
+test-easydel: .venv-easydel/.complete  ## Run the test that needs EasyDeL
+	.venv-easydel/bin/python -m pytest $(ARGS) tests/integration/test_examples.py -k easydel
 
 test-skyrl: .venv-skyrl/.complete  ## Run the tests that need SkyRL or torch, on Python 3.12
 	.venv-skyrl/bin/python -m pytest $(ARGS) tests/integration/test_skyrl.py tests/integration/test_checkpoints.py
@@ -124,5 +135,5 @@ build: setup  ## Build the wheel and the source distribution
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## Remove what was built, the virtual environment included
-	rm -rf $(VENV) .venv-skyrl .venv-lowest .venv-peers .venv-chips dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis bench-output demo-output
+	rm -rf $(VENV) .venv-skyrl .venv-easydel .venv-lowest .venv-peers .venv-chips dist build docs/_build docs/notebooks .pytest_cache .ruff_cache .hypothesis bench-output demo-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,8 @@ from gpo_jax.objective import Objective
 from gpo_jax.traits import traits_of
 from gpo_jax.types import Rollout
 
+_PACKED = ("segment_ids", "segment_positions")
+
 
 def tunix(module: str) -> Any:
   """Imports a module of Tunix."""
@@ -102,8 +104,7 @@ def _log_probs(model, example, pad_id, eos_id, temperature, chunk_size) -> tuple
   compute = tunix("rl.common").compute_per_token_logps
   parameters = inspect.signature(compute).parameters
   has_entropy = "return_entropy" in parameters  # after 0.1.7
-  given = {name: getattr(example, name, None) for name in parameters}  # segment ids and the like
-  given = {name: value for name, value in given.items() if value is not None}
+  given = {name: getattr(example, name, None) for name in _PACKED}
   given |= {"chunk_size": chunk_size} if "chunk_size" in parameters else {}
   given["return_entropy" if has_entropy else "return_logits"] = True
   log_probs, second = compute(
@@ -122,8 +123,7 @@ def _log_probs(model, example, pad_id, eos_id, temperature, chunk_size) -> tuple
 
 def _hidden(model, example, pad_id, eos_id) -> jax.Array:
   """Runs the policy up to its last hidden states, each that of the token before."""
-  names = ("segment_ids", "segment_positions")
-  packed = {name: getattr(example, name, None) for name in names}
+  packed = {name: getattr(example, name, None) for name in _PACKED}
   ids, positions, attention_mask, alone = tunix("rl.common").process_ids(
     example.prompt_ids, example.completion_ids, pad_id, eos_id, **packed
   )

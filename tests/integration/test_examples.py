@@ -31,8 +31,8 @@ def launch(script, *arguments, devices=1):
   )  # fmt: skip
 
 
-def finish(process):
-  output, errors = process.communicate(timeout=300)
+def finish(process, timeout=300):
+  output, errors = process.communicate(timeout=timeout)
   assert process.returncode == 0, errors
   return output
 
@@ -52,7 +52,11 @@ def test_a_policy_of_every_framework_learns(name):
 
 
 def test_every_framework_has_its_example():
-  assert {path.stem for path in EXAMPLES.glob("with_*.py")} == {*FRAMEWORKS, "with_hydra"}
+  assert {path.stem for path in EXAMPLES.glob("with_*.py")} == {
+    *FRAMEWORKS,
+    "with_hydra",
+    "with_easydel",
+  }
 
 
 @pytest.mark.slow
@@ -61,6 +65,14 @@ def test_hydra_makes_the_objective_from_files_and_the_command_line():
   printed = finish(launch("with_hydra", "objective=gspo", "objective.epsilon_high=5e-4"))
   assert printed.strip() == repr(gpo.gspo(epsilon_low=3e-4, epsilon_high=5e-4))
   assert finish(launch("with_hydra")).strip() == repr(gpo.dapo())
+
+
+@pytest.mark.slow
+def test_easydels_trainer_learns():
+  pytest.importorskip("easydel", reason="make test-easydel: an environment of its own")
+  *_, line = finish(launch("with_easydel"), timeout=1800).splitlines()
+  before, after = (float(x) for x in line.split()[1::2])
+  assert after > before + 0.1
 
 
 @pytest.mark.slow
