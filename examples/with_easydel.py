@@ -110,8 +110,9 @@ trainer = Trainer(
   arguments=easydel.GRPOConfig(
     save_directory=tempfile.mkdtemp(), total_batch_size=4, max_training_steps=8,
     num_train_epochs=2, learning_rate=3e-2, max_prompt_length=8, max_completion_length=8,
-    max_length=16, num_return_sequences=8, num_generations=8, use_wandb=False, log_steps=1,
-    report_steps=1, do_last_save=False, save_steps=None, gradient_accumulation_steps=2,
+    max_length=16, num_return_sequences=8, num_generations=8, use_esurge_generation=False,
+    log_steps=1, report_steps=1, do_last_save=False, save_steps=None, use_wandb=False,
+    gradient_accumulation_steps=2,
   ),
   model=model,
   reward_funcs=reward,
