@@ -16,6 +16,9 @@ from gpo_jax import vocabulary as vocabulary
 from gpo_jax import weightings as weightings
 from gpo_jax.configuration import from_config as from_config
 from gpo_jax.configuration import to_config as to_config
+from gpo_jax.diagnosis import Diagnosis as Diagnosis
+from gpo_jax.diagnosis import Finding as Finding
+from gpo_jax.diagnosis import diagnose as diagnose
 from gpo_jax.linear import Head as Head
 from gpo_jax.linear import Sharding as Sharding
 from gpo_jax.linear import Tiling as Tiling

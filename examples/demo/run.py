@@ -12,10 +12,12 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
+from gpo_jax import diagnose
+
 from . import objectives, task, train
 from .config import SUPERVISED, Config
 from .evaluate import Metrics, evaluate
-from .policy import Policy
+from .policy import Policy, answer_log_probs
 
 WARM_START = "warm start"
 Row = dict[str, float]
@@ -108,9 +110,13 @@ def rl_arm(
   name: str, config: Config, policy: Policy, problems: jax.Array
 ) -> tuple[train.Step, train.State]:
   """Gives the update by an objective and the state before the first one, a policy its reference."""
-  optimizer = train.rl_optimizer(config)
-  step = train.rl_step(config, objectives.build(name), optimizer, policy, problems)
-  return step, train.start(policy, optimizer)
+  objective, optimizer = objectives.build(name), train.rl_optimizer(config)
+  collect = train.collector(config, objective, policy, problems)
+  start = train.start(policy, optimizer)
+  batch = collect(start, jax.random.key(config.seed))
+  log_probs = jax.jit(answer_log_probs)(policy, batch.prompts, batch.answers)
+  print(f"A batch of {name}: {diagnose(log_probs, batch.rollout, batch.rewards)}")
+  return train.rl_step(objective, optimizer, collect), start
 
 
 def warm_start(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpo_jax import Objective, Terms, summarize
+from gpo_jax import Objective, Rollout, Terms, summarize
 
 from . import task
 from .config import Config
@@ -30,8 +30,18 @@ class State(NamedTuple):
   optimizer_state: optax.OptState
 
 
+class Batch(NamedTuple):
+  """What one update learns from: groups of answers [prompts, G, T] and their rewards."""
+
+  prompts: jax.Array
+  answers: jax.Array
+  rewards: jax.Array
+  rollout: Rollout
+
+
 # A policy as a tree of arrays: optax's type of one does not know Flax's modules.
 Tree = Any
+Collect = Callable[[State, jax.Array], Batch]
 Step = Callable[[State, jax.Array], tuple[State, Metrics]]
 
 
@@ -56,17 +66,13 @@ def rl_optimizer(config: Config) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(config.max_gradient_norm), optax.adam(rate))
 
 
-def rl_step(
-  config: Config,
-  objective: Objective,
-  optimizer: optax.GradientTransformation,
-  reference: Policy,
-  problems: jax.Array,
-) -> Step:
-  """Makes the update that samples groups of answers, scores them and lowers the loss."""
+def collector(
+  config: Config, objective: Objective, reference: Policy, problems: jax.Array
+) -> Collect:
+  """Makes the function that samples groups of answers, scores them and prepares the rollout."""
 
   @jax.jit
-  def step(state: State, key: jax.Array) -> tuple[State, Metrics]:
+  def collect(state: State, key: jax.Array) -> Batch:
     choice_key, sample_key = jax.random.split(key)
     chosen = jax.random.choice(choice_key, problems, (config.prompts, 1))
     chosen = jnp.repeat(chosen, config.samples, axis=1)
@@ -77,12 +83,25 @@ def rl_step(
     if objective.divergence is not None:
       ref_log_probs = answer_log_probs(reference, prompts, answers)
     rollout = objective.prepare(rewards, mask, old_log_probs, ref_log_probs=ref_log_probs)
+    return Batch(prompts, answers, rewards, rollout)
+
+  return collect
+
+
+def rl_step(
+  objective: Objective, optimizer: optax.GradientTransformation, collect: Collect
+) -> Step:
+  """Makes the update that collects a batch and lowers the loss."""
+
+  @jax.jit
+  def step(state: State, key: jax.Array) -> tuple[State, Metrics]:
+    batch = collect(state, key)
 
     def loss_fn(policy: Policy) -> tuple[jax.Array, Terms]:
-      return objective(answer_log_probs(policy, prompts, answers), rollout)
+      return objective(answer_log_probs(policy, batch.prompts, batch.answers), batch.rollout)
 
     gradients, terms = jax.grad(loss_fn, has_aux=True)(state.policy)
-    metrics = {"reward": jnp.mean(rewards), **summarize(terms, rollout)}
+    metrics = {"reward": jnp.mean(batch.rewards), **summarize(terms, batch.rollout)}
     return update(optimizer, state, gradients), metrics
 
   return step

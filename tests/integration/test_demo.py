@@ -177,7 +177,8 @@ def test_an_update_asks_the_reference_where_there_is_a_divergence(name, policy, 
 
   monkeypatch.setattr(train, "answer_log_probs", counted)
   optimizer = optax.sgd(1.0)
-  step = train.rl_step(TINY, objectives.build(name), optimizer, policy, PROBLEMS)
+  collect = train.collector(TINY, objectives.build(name), policy, PROBLEMS)
+  step = train.rl_step(objectives.build(name), optimizer, collect)
   _, metrics = jax.eval_shape(step, train.start(policy, optimizer), jax.random.key(0))
   assert len(asked) == 1 + divergence
   assert {"reward", "clip_fraction", "ratio_max"} <= metrics.keys()
@@ -218,7 +219,9 @@ def test_a_run_is_written(tmp_path, as_users_run, monkeypatch, capsys):
     assert [row["step"] for row in history["evaluations"]] == [0, 2, 3]
   assert len(metrics["examples"]) == 3
   assert_picture(tmp_path / "learning.png")
-  assert str(tmp_path / "learning.png") in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert str(tmp_path / "learning.png") in printed
+  assert "\nA batch of gpo: Nothing found in 16 responses, " in f"\n{printed}"
 
 
 @pytest.mark.slow

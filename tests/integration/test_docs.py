@@ -33,7 +33,8 @@ def test_the_guide_has_code():
 
 @pages([page for page in PAGES if blocks_of(page)])
 @pytest.mark.filterwarnings("default")
-def test_python_blocks_print_what_they_say(page):
+def test_python_blocks_print_what_they_say(page, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # one page saves a batch
   for printed, written in printed_and_written(page):
     assert printed == written
 

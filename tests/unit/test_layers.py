@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+import pytest
+
 import gpo_jax
 
 PACKAGE = pathlib.Path(gpo_jax.__file__).parent
@@ -16,7 +18,7 @@ LAYERS = [
   {"objective", "specification"},
   {"presets"},
   {"linear"},
-  {"training", "configuration", "integrations", "__init__"},
+  {"training", "configuration", "diagnosis", "integrations", "__init__"},
 ]
 HEIGHT = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 LINEAR = [
@@ -32,6 +34,16 @@ LINEAR = [
 ]
 
 
+DIAGNOSIS = [
+  {"statistics", "checks"},
+  {"evidence"},
+  {"readings", "distances", "rollouts", "plot"},
+  {"report"},
+  {"api"},
+  {"__init__"},
+]
+
+
 def imports(source: str) -> set[str]:
   """Finds the modules of the package that a source imports, as dotted names below it."""
   found = set()
@@ -40,7 +52,7 @@ def imports(source: str) -> set[str]:
       dotted = {alias.name for alias in node.names}
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f"a relative import, line {node.lineno}"
-      whole = node.module not in ("gpo_jax", "gpo_jax.linear")
+      whole = node.module not in ("gpo_jax", "gpo_jax.linear", "gpo_jax.diagnosis")
       dotted = {node.module if whole else f"{node.module}.{alias.name}" for alias in node.names}
     else:
       continue
@@ -65,17 +77,19 @@ def test_modules_import_from_below():
         assert HEIGHT[other] < HEIGHT[own] or own == "__init__", f"{path.name} imports {name}"
 
 
-def test_the_linear_path_imports_from_below():
-  height = {name: i for i, layer in enumerate(LINEAR) for name in layer}
-  for path in (PACKAGE / "linear").glob("*.py"):
+@pytest.mark.parametrize(("package", "layers"), [("linear", LINEAR), ("diagnosis", DIAGNOSIS)])
+def test_packages_import_from_below(package, layers):
+  height = {name: i for i, layer in enumerate(layers) for name in layer}
+  assert {path.stem for path in (PACKAGE / package).glob("*.py")} == set(height)
+  for path in (PACKAGE / package).glob("*.py"):
     for name in imports(path.read_text()):
-      package, _, other = name.partition(".")
-      if package == "linear":
+      own, _, other = name.partition(".")
+      if own == package and other:
         assert height[other] < height[path.stem], f"{path.name} imports {name}"
 
 
 def test_every_module_has_a_layer():
   assert {path.stem if path.is_file() else path.name for path in PACKAGE.iterdir()} >= set(HEIGHT)
   modules = {p.stem for p in PACKAGE.glob("*.py")}
-  modules |= {"advantages", "corrections", "integrations", "linear"}
+  modules |= {"advantages", "corrections", "diagnosis", "integrations", "linear"}
   assert modules == set(HEIGHT)
