@@ -108,7 +108,7 @@ model.generation_config = GenerationConfig(**ids)
 history = []
 trainer = Trainer(
   arguments=easydel.GRPOConfig(
-    save_directory=tempfile.mkdtemp(), total_batch_size=4, max_training_steps=8,
+    save_directory=tempfile.mkdtemp(), total_batch_size=4, max_training_steps=24,
     num_train_epochs=2, learning_rate=3e-2, max_prompt_length=8, max_completion_length=8,
     max_length=16, num_return_sequences=8, num_generations=8, use_esurge_generation=False,
     log_steps=1, report_steps=1, do_last_save=False, save_steps=None, use_wandb=False,
@@ -116,7 +116,7 @@ trainer = Trainer(
   ),
   model=model,
   reward_funcs=reward,
-  train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w3", "w4 w5", "w6"] * 4}),
+  train_dataset=Dataset.from_dict({"prompt": ["w1 w2", "w3", "w4 w5", "w6"] * 16}),
   processing_class=tokenizer,
 )  # fmt: skip
 trainer.train()

@@ -72,7 +72,7 @@ def test_easydels_trainer_learns():
   pytest.importorskip("easydel", reason="make test-easydel: an environment of its own")
   *_, line = finish(launch("with_easydel"), timeout=1800).splitlines()
   before, after = (float(x) for x in line.split()[1::2])
-  assert after > 2 * before
+  assert after > before + 0.3
 
 
 @pytest.mark.slow
