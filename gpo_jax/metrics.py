@@ -52,7 +52,7 @@ def summarize(
     - `sampler_kl`: an estimate of KL(μ‖π_old), in nats per token.
     - `sampler_weight_mean`, `sampler_effective_sample_size`, `sampler_chi2`: of w over tokens; χ²
       is mean(w²) − 1. `response_sampler_…`: of the product of w over each response.
-    - `sampler_difference_max`: the largest |log w|.
+    - `sampler_difference_max`: the largest distance of log w from 0.
     - `old_log_prob_mean`, `old_log_prob_std`, `sampler_log_prob_mean`, `sampler_log_prob_std`,
       `sampler_correlation`: of log π_old and log μ over tokens.
 
