@@ -17,9 +17,7 @@ from gpo_jax.presets import PRESETS
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/api/presets.md"]
 SLOTS = ("advantage", "level", "surrogate", "divergence", "weighting", "corrections")
-HEAD = (
-  "| preset | paper | advantage | ratio level | surrogate | divergence | weighting | correction |"
-)
+HEAD = "| preset | advantage | ratio level | surrogate | divergence | weighting | correction |"
 
 
 def functions(slot) -> str:
@@ -28,15 +26,12 @@ def functions(slot) -> str:
   return ", ".join(f"`{one.func.__name__}`" for one in filled if one is not None) or "–"
 
 
-def paper(name: str) -> str:
-  """Links the first paper of a preset's reference."""
+def linked(name: str) -> str:
+  """Links a preset to the first paper of its reference."""
   reference = PRESETS[name].__doc__.partition("Reference:")[2]
   number = re.search(r"arXiv:(\d{4}\.\d{5})", reference)
-  return (
-    f"[{number[1]}](https://arxiv.org/abs/{number[1]})"
-    if number
-    else "[written](written_objective.md)"
-  )
+  target = f"https://arxiv.org/abs/{number[1]}" if number else "written_objective.md"
+  return f"[`{name}`]({target})"
 
 
 def row(name: str) -> str:
@@ -44,7 +39,7 @@ def row(name: str) -> str:
   parameters = inspect.signature(PRESETS[name]).parameters.values()
   objective = PRESETS[name](**{p.name: 1024 for p in parameters if p.default is p.empty})
   slots = [functions(getattr(objective, slot)) for slot in SLOTS]
-  return f"| `{name}` | {paper(name)} | {' | '.join(slots)} |"
+  return f"| {linked(name)} | {' | '.join(slots)} |"
 
 
 def table() -> str:
