@@ -16,8 +16,8 @@ from gpo_jax.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/api/presets.md"]
-SLOTS = ("advantage", "level", "surrogate", "divergence", "weighting", "corrections")
-HEAD = "| preset | advantage | ratio level | surrogate | divergence | weighting | correction |"
+SLOTS = ("advantage", "level", "surrogate", "divergence", "weighting")
+HEAD = "| preset | advantage | ratio level | surrogate (× correction) | divergence | weighting |"
 
 
 def functions(slot) -> str:
@@ -38,8 +38,10 @@ def row(name: str) -> str:
   """Makes a preset's row of the table."""
   parameters = inspect.signature(PRESETS[name]).parameters.values()
   objective = PRESETS[name](**{p.name: 1024 for p in parameters if p.default is p.empty})
-  slots = [functions(getattr(objective, slot)) for slot in SLOTS]
-  return f"| {linked(name)} | {' | '.join(slots)} |"
+  slots = {slot: functions(getattr(objective, slot)) for slot in SLOTS}
+  if objective.corrections:
+    slots["surrogate"] += f" × {functions(objective.corrections)}"
+  return f"| {linked(name)} | {' | '.join(slots.values())} |"
 
 
 def table() -> str:
