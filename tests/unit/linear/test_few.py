@@ -32,17 +32,18 @@ def total(outputs):
 
 
 def step(function):
-  return linear.jit(
-    jax.value_and_grad(lambda *state: total(function(*state)), argnums=(0, 1, 2), has_aux=True)
-  )
+  loss = lambda *arguments: total(function(*arguments))
+  return linear.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
 
 
-def from_hidden(*state, tokens, **how):
+def from_hidden(*state_and_tokens, **how):
+  *state, tokens = state_and_tokens
   head = gpo.Head(*state[1:], **SETTINGS)
   return gpo.linear_token_log_probs(state[0], head, tokens, mask=MASK, **how)
 
 
-def from_logits(*state, tokens, **how):
+def from_logits(*state_and_tokens, **how):
+  *state, tokens = state_and_tokens
   logits = linear.logits_of(*state)
   settings = SETTINGS | how
   log_probs = gpo.token_log_probs(logits, tokens, **settings)
@@ -62,12 +63,12 @@ ASKED = {
 @pytest.mark.parametrize("name", ASKED)
 def test_values_and_gradients_are_those_of_the_full_logits(name):
   tokens, how, full = ASKED[name]
-  found = step(functools.partial(from_hidden, tokens=tokens, **how))(*STATE)
-  wanted = step(functools.partial(from_logits, tokens=tokens, **full))(*STATE)
-  linear.assert_same(found, wanted, 2e-5)
+  run = step(functools.partial(from_hidden, **how))
+  found = run(*STATE, tokens)
+  linear.assert_same(found, step(functools.partial(from_logits, **full))(*STATE, tokens), 2e-5)
   dirty = jnp.where(MASK[..., None], HIDDEN, jnp.nan), *STATE[1:]
   tokens = np.where(MASK if tokens.ndim == MASK.ndim else MASK[..., None], tokens, 10**6)
-  again = step(functools.partial(from_hidden, tokens=tokens, **how))(*dirty)
+  again = run(*dirty, tokens)
   jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
@@ -75,8 +76,7 @@ def test_values_and_gradients_are_those_of_the_full_logits(name):
 def test_in_float64_and_of_tied_logits():
   """Where logits are equal, as of a head of zeros, each id still has its own gradient."""
   state = [jnp.asarray(x, jnp.float64) for x in (HIDDEN, 0 * UNEMBEDDING, 0 * BIAS)]
-  found = step(functools.partial(from_hidden, tokens=IDS))(*state)
-  wanted = step(functools.partial(from_logits, tokens=IDS))(*state)
+  found, wanted = (step(f)(*state, IDS) for f in (from_hidden, from_logits))
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-11), found, wanted)
   assert found[0][0].dtype == jnp.float64
 
@@ -145,7 +145,7 @@ def test_several_ids_take_one_pass_over_the_vocabulary_and_a_support_none():
 @pytest.mark.parametrize("name", ["several", "of_the_support"])
 def test_second_derivatives_say_so(name):
   tokens, how, _ = ASKED[name]
-  loss = lambda h: total(from_hidden(h, *STATE[1:], tokens=tokens, **how))[0]
+  loss = lambda h: total(from_hidden(h, *STATE[1:], tokens, **how))[0]
   with pytest.raises(NotImplementedError, match="first reverse-mode derivatives only"):
     jax.eval_shape(jax.grad(lambda h: jnp.sum(jax.grad(loss)(h) ** 2)), HIDDEN)
 
