@@ -238,3 +238,25 @@ def test_a_running_baseline_runs():
   batches = ([[1.0, 0.0]], [[1.0, 0.0]], [[1.0, 1.0]])
   seen = [np.ravel(objective.prepare(rewards, mask).advantages) for rewards in batches]
   np.testing.assert_array_equal(seen, [[1, 0], [0.75, -0.25], [0.625, 0.625]])
+
+
+@pytest.mark.parametrize("name", ["grpo", "reinforce_plus_plus"])
+def test_a_response_without_a_reward_is_left_out_by_its_mask(name):
+  """A NaN reward of a masked response is as if the response had not been sampled."""
+  objective = gpo.preset(name)
+  rewards, mask = np.array([[1.0, np.nan, 0.0, 2.0]]), np.ones((1, 4, 3), bool)
+  mask[0, 1] = False
+  old = np.linspace(-2.0, -1.0, 12).reshape(1, 4, 3)
+  fields = {"old_log_probs": old, "ref_log_probs": old - 0.1}
+
+  def run(keep):
+    rollout = objective.prepare(
+      rewards[:, keep], mask[:, keep], **{k: x[:, keep] for k, x in fields.items()}
+    )
+    return value_and_grad(objective, jnp.asarray(old[:, keep], jnp.float32) + 0.1, rollout)
+
+  loss, gradient = run([0, 1, 2, 3])
+  wanted, wanted_gradient = run([0, 2, 3])
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  np.testing.assert_allclose(gradient[:, [0, 2, 3]], wanted_gradient, rtol=1e-6)
+  assert not np.any(gradient[:, 1])

@@ -61,3 +61,13 @@ def test_padding_to_a_longer_row_changes_nothing(name):
 def test_a_length_may_be_traced():
   weigh = jax.jit(lambda length: weightings.constant_length(MASK, length=length))
   np.testing.assert_allclose(weigh(8), WEIGHTINGS["constant_length"](MASK), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_counts_beyond_2_to_the_24_are_not_lost(name):
+  """A float32 that counts one by one stops at 16,777,216."""
+  rows, length = (2**13 + 8, 2**11 + 1) if name != "sequence_sum" else (2**24 + 2**10, 1)
+  mask = np.ones((rows, length), bool)
+  weight = float(jax.jit(WEIGHTINGS[name])(mask)[0, 0])
+  expected = 1 / (rows if name == "sequence_sum" else rows * length)
+  np.testing.assert_allclose(weight, expected, rtol=2e-7)
