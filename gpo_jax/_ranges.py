@@ -53,7 +53,7 @@ RANGES = {
   "dro.beta": _POSITIVE,
   "jensen_shannon.beta": Range("()", 0, 1, "0.5; forward_kl and kl are its ends"),
   "cap": Range("(]", 0, INF, "the largest weight, such as 2"),
-  "floor": Range("[)", 0, INF, "the smallest weight, such as 0.5; None for none"),
+  "floor": Range("[)", 0, INF, "the smallest weight, such as 0.5; None disables it"),
   "mask_importance.low": Range("[]", 0, INF, "a weight below 1, such as 0.5"),
   "mask_importance.high": Range("(]", 0, INF, "a weight above 1, such as 5"),
   "reject.low": Range("[]", -INF, INF, "nats: log(0.5) for a ratio of 0.5"),

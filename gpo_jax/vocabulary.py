@@ -142,7 +142,11 @@ def with_tail(log_probs: jax.Array) -> jax.Array:
 
 
 def _terms(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-  """Computes p log(p/q) − p + q, from log-probabilities."""
+  """Computes p log(p/q) − p + q, from log-probabilities.
+
+  That is p (e^x − x − 1) of x = log(q/p). `exp_excess` would be exact for the smallest x too, but
+  its series costs a dozen operations for each entry of the vocabulary.
+  """
   p, q = jnp.exp(log_p), jnp.exp(log_q)
   x = jnp.where(p > 0, log_q - log_p, 1)
   near = jnp.minimum(x, 1)

@@ -32,7 +32,7 @@ def truncate_importance(
   Args:
     rollout: needs `sampler_log_probs`.
     cap: the largest weight, > 0.
-    floor: the smallest weight; None for none.
+    floor: the smallest weight; None disables it.
     level: a function of `gpo_jax.levels`: `token`, `sequence` or `sequence_product`.
 
   Example:

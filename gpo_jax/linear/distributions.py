@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from gpo_jax.linear.head import Head, dot, scale_logits
 from gpo_jax.linear.mesh import Sharding, layout_of
 from gpo_jax.linear.sweep import vary
-from gpo_jax.linear.two_passes import specs_of
 
 
 def divergence(
@@ -48,7 +47,7 @@ def divergence(
 
   # The head's gradient is added up, over chunks and devices, in its accumulator's dtype.
   wide = head._replace(unembedding=head.unembedding.astype(head.dtype))
-  specs = (*specs_of(layout, head)[0], *specs_of(ref_layout, ref_head)[0], layout.tokens)
+  specs = (*layout.specs(head), *ref_layout.specs(ref_head), layout.tokens)
   arguments = vary((hidden, wide, ref_hidden, ref_head, mask))
   return layout.on_devices(own, specs, layout.tokens)(*arguments)
 

@@ -72,8 +72,8 @@ def _products(layout: Layout, hidden: jax.Array, head: Head, ids: jax.Array) -> 
     products = jax.lax.map(functools.partial(own_products, hidden, head), jnp.moveaxis(ids, -1, 0))
     return layout.over_vocabulary(jnp.moveaxis(products, 0, -1))
 
-  specs, _ = two_passes.specs_of(layout, head)
-  return layout.on_devices(own, (*specs, layout.tokens), layout.tokens)(hidden, head, ids)
+  specs = (*layout.specs(head), layout.tokens)
+  return layout.on_devices(own, specs, layout.tokens)(hidden, head, ids)
 
 
 def _forward(layout, *arguments):
@@ -102,8 +102,8 @@ def _backward(layout, arguments, slopes):
     return layout.reduce(jax.lax.scan(add, zeros, each)[0])
 
   hidden, head, ids = arguments
-  specs, results = two_passes.specs_of(layout, head)
-  run = layout.on_devices(own, (*specs, layout.tokens, layout.tokens), results)
+  specs = (*layout.specs(head), layout.tokens, layout.tokens)
+  run = layout.on_devices(own, specs, two_passes.gradient_specs(layout, head))
   return *two_passes.in_dtypes(run(hidden, head, ids, slopes), hidden, head), None
 
 

@@ -62,6 +62,10 @@ class Layout(NamedTuple):
       is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
 
+  def specs(self, head: Head) -> tuple[Any, Any]:
+    """Returns the specs of hidden states and of a head's arrays."""
+    return PartitionSpec(*self.tokens, None), self.head_specs(head)
+
   def head_specs(self, head: Head) -> Any:
     """Returns the specs of a head's arrays."""
     unembedding: Any = self.unembedding
@@ -156,8 +160,7 @@ def layout_of(
       "sharding needs a mesh; got none: pass gpo.Sharding(mesh), or call inside jax.set_mesh(mesh)"
     )
   layout = _layout(sharding, mesh, hidden, head)
-  specs = PartitionSpec(*layout.tokens, None), layout.head_specs(head)
-  return layout, *layout.place((hidden, head), specs)
+  return layout, *layout.place((hidden, head), layout.specs(head))
 
 
 def _layout(sharding: Sharding, mesh: Any, hidden: jax.Array, head: Head) -> Layout:

@@ -68,18 +68,16 @@ def on_devices(
       gradients = gradients._replace(hidden=gradients.hidden.reshape(hidden.shape))
     return outputs, gradients
 
-  given, gradients = specs_of(layout, head)
   at = layout.tokens
-  results = (at, None if slopes is None else gradients)
-  specs = (*given, at, at, at, jax.sharding.PartitionSpec())
+  results = (at, None if slopes is None else gradient_specs(layout, head))
+  specs = (*layout.specs(head), at, at, at, jax.sharding.PartitionSpec())
   return layout.on_devices(own, specs, results)(hidden, head, tokens, mask, per_token, numbers)
 
 
-def specs_of(layout: Layout, head: Head) -> tuple[tuple, Gradients]:
-  """Returns the specs of hidden states and head, and of their gradients."""
-  states: Any = jax.sharding.PartitionSpec(*layout.tokens, None)
-  heads = layout.head_specs(head)
-  return (states, heads), Gradients(states, heads.unembedding, heads.bias)
+def gradient_specs(layout: Layout, head: Head) -> Gradients:
+  """Returns the specs of gradients, which lie as what they belong to."""
+  states, heads = layout.specs(head)
+  return Gradients(states, heads.unembedding, heads.bias)
 
 
 def in_dtypes(gradients: Any, hidden: jax.Array, head: Head) -> tuple[jax.Array, Head]:
