@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gpo_jax._inputs import as_mask, check_same_shape
 from gpo_jax.linear import distributions, few, one_pass, two_passes
+from gpo_jax.linear.derivatives import reverse_only
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head, as_head
 from gpo_jax.linear.mesh import Sharding, layout_of
@@ -64,7 +65,7 @@ def linear_token_log_probs(
 
   Raises:
     ValueError: if shapes or dtypes do not fit.
-    NotImplementedError: for second derivatives. (Forward mode is a TypeError of JAX.)
+    NotImplementedError: for second derivatives, and in forward mode.
 
   Example:
     >>> hidden, unembedding = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0], [0.0, 2.0]])
@@ -87,6 +88,7 @@ def linear_token_log_probs(
     support = as_tokens(support, *of, several=True, name="support")
     support = support if support.ndim == hidden.ndim else support[..., None]
   layout, hidden, head = layout_of(sharding, hidden, head)
+  hidden, head = reverse_only((hidden, head))
   log_probs, entropy = _log_probs(as_tiling(tiling), layout, hidden, head, ids, mask, support)
   return TokenLogProbs(log_probs.reshape(tokens.shape), entropy)
 
@@ -136,7 +138,7 @@ def linear_loss(
 
   Raises:
     ValueError: if shapes or dtypes do not fit.
-    NotImplementedError: for second derivatives. (Forward mode is a TypeError of JAX.)
+    NotImplementedError: for second derivatives, and in forward mode.
 
   Example:
     >>> import gpo_jax as gpo
@@ -159,6 +161,7 @@ def linear_loss(
   ours = all(traits_of(slot).ours for slot in in_loss if slot is not None)
   compiled = _loss if ours else jax.jit(lambda *args: _evaluate(*args), static_argnums=(0, 1, 2))
   structure, numbers = one_pass.split(slots)
+  hidden, head, numbers = reverse_only((hidden, head, numbers))
   return compiled(as_tiling(tiling), layout, structure, hidden, head, tokens, numbers, rollout)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from gpo_jax.linear import two_passes
 from gpo_jax.linear.backward import Gradients, zero_gradients
+from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
@@ -77,7 +78,7 @@ def _products(layout: Layout, hidden: jax.Array, head: Head, ids: jax.Array) -> 
 
 
 def _forward(layout, *arguments):
-  return two_passes.once(_products(layout, *arguments)), arguments
+  return once(_products(layout, *arguments)), arguments
 
 
 def _backward(layout, arguments, slopes):

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax.linear.backward import Slopes
+from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head
 from gpo_jax.linear.mesh import Layout
 from gpo_jax.linear.sweep import Tiling
-from gpo_jax.linear.two_passes import in_dtypes, on_devices, once
+from gpo_jax.linear.two_passes import in_dtypes, on_devices
 from gpo_jax.objective import Objective, evaluate
 from gpo_jax.traits import traits_of
 from gpo_jax.types import Rollout, Terms

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax.linear.backward import Gradients, Slopes
+from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head
 from gpo_jax.linear.mesh import Layout
@@ -91,18 +92,4 @@ def in_dtypes(gradients: Any, hidden: jax.Array, head: Head) -> tuple[jax.Array,
   constant: Any = None  # softcap and temperature
   return d_hidden.astype(hidden.dtype), Head(
     d_unembedding.astype(head.unembedding.dtype), bias, constant, constant
-  )
-
-
-@jax.custom_jvp
-def once(tree: Any) -> Any:
-  """Returns its argument, and raises if it is differentiated: these derivatives are by hand."""
-  return tree
-
-
-@once.defjvp
-def _once_jvp(primals: tuple, tangents: tuple):
-  raise NotImplementedError(
-    "linear_loss and linear_token_log_probs have first reverse-mode derivatives only; for others "
-    "use token_log_probs(hidden @ unembedding.T, tokens)"
   )

@@ -22,7 +22,7 @@ LAYERS = [
 ]
 HEIGHT = {name: i for i, layer in enumerate(LAYERS) for name in layer}
 LINEAR = [
-  {"head"},
+  {"head", "derivatives"},
   {"mesh"},
   {"forward"},
   {"backward"},
