@@ -138,6 +138,59 @@ def test_verls_reinforce_in_bypass_mode_with_weights_of_responses(x64):
   np.testing.assert_allclose(gradient, expected, rtol=1e-11, atol=1e-15)
 
 
+def test_remax_is_an_advantage_against_the_greedy_response(x64):
+  """There A_t = R − R_greedy at every token, not relative to the group."""
+  given = data()
+  greedy = np.linspace(-1, 1, len(given.rewards))
+  objective = gpo.gpg()
+  rollout = given.prepare(objective, rewards=None, advantages=given.rewards - greedy[:, None])
+  gradient = jax.grad(lambda x: objective(x, rollout)[0])(given.log_probs)
+  advantages = given.rewards - greedy[:, None]
+  expected = -active(given, advantages[..., None])
+  np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+  relative = jax.grad(lambda x: objective(x, given.prepare(objective))[0])(given.log_probs)
+  assert np.abs(relative - gradient).max() > 0.1 * np.abs(gradient).max()
+
+
+def test_verls_optimal_token_baseline(x64):
+  """B_t = ΣGW/ΣW of the group's responses that reach t, W_t = Σ_{s≤t} (1 − 2π_s + Σ_v π_s(v)²)."""
+  given, rng = data(), np.random.default_rng(0)
+  mask = given.mask
+  hidden, unembedding = rng.normal(size=(*mask.shape, 5)), rng.normal(size=(7, 5))
+  tokens, returns = rng.integers(0, 7, mask.shape), np.where(mask, given.rewards[..., None], 0)
+
+  log_probs = gpo.linear_token_log_probs(hidden, unembedding, tokens, mask=mask).log_probs
+  squares = lambda log_p, _: jnp.sum(jnp.exp(2 * log_p), -1)
+  square = gpo.linear_divergence(squares, hidden, unembedding, hidden, unembedding, mask=mask)
+  w = jnp.where(mask, jnp.cumsum(jnp.where(mask, 1 - 2 * jnp.exp(log_probs) + square, 0), -1), 0)
+  total = jnp.sum(w, -2, keepdims=True)
+  baseline = jnp.sum(returns * w, -2, keepdims=True) / jnp.where(total == 0, 1, total)
+  rollout = given.prepare(gpo.gpg(), rewards=None, advantages=returns - baseline)
+
+  logits = hidden @ unembedding.T
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  for group in range(len(mask)):
+    rows = [list(np.flatnonzero(row)) for row in mask[group]]
+    for t in range(mask.shape[-1]):
+      going = [i for i, row in enumerate(rows) if t in row]
+      if not going:
+        continue
+      energy = {
+        i: sum(
+          1 - 2 * p[group, i, s, tokens[group, i, s]] + (p[group, i, s] ** 2).sum()
+          for s in rows[i]
+          if s <= t
+        )
+        for i in going
+      }
+      b = sum(given.rewards[group, i] * energy[i] for i in going) / sum(energy.values())
+      for i in going:
+        found = float(rollout.advantages[group, i, t])
+        np.testing.assert_allclose(found, given.rewards[group, i] - b, rtol=1e-9, atol=1e-12)
+  mean = returns.sum(-2, keepdims=True) / np.maximum(mask.sum(-2, keepdims=True), 1)
+  assert np.abs(np.where(mask, mean - baseline, 0)).max() > 0.01  # all weights alike: the control
+
+
 def test_nemos_k3_has_the_gradient_of_k2(x64):
   """There k3 is multiplied by e^(log π − sg log π), which is 1 and differentiable."""
   given = data()
