@@ -65,8 +65,7 @@ def token_log_probs(
   """
   scaled = _scaling(logits, support, temperature, softcap)
   z = scaled()
-  tokens = as_tokens(tokens, z.shape[:-1], f"logits {list(z.shape)}", several=True)
-  ids = tokens if tokens.ndim == z.ndim else tokens[..., None]
+  ids = as_tokens(tokens, z.shape[:-1], f"logits {list(z.shape)}", several=True)
   known = (ids >= 0) & (ids < z.shape[-1])
   # Taken before the scaling, so that no array of scaled logits has to be kept for it.
   own = scaled(lambda x: jnp.take_along_axis(x, jnp.where(known, ids, 0), axis=-1))
@@ -74,7 +73,7 @@ def token_log_probs(
   largest = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
   log_probs = own - largest - jnp.log(jnp.sum(jnp.exp(z - largest), axis=-1, keepdims=True))
   log_probs = jnp.where(own == jnp.finfo(own.dtype).min, -jnp.inf, log_probs)
-  return jnp.where(known, log_probs, jnp.nan).reshape(tokens.shape)
+  return jnp.where(known, log_probs, jnp.nan).reshape(jnp.shape(tokens))
 
 
 def token_entropy(
@@ -173,14 +172,14 @@ def check_function(function: Any) -> None:
 def as_tokens(
   tokens: Any, shape: tuple[int, ...], of: str, *, several: bool = False, name: str = "tokens"
 ) -> jax.Array:
-  """Converts token ids: one per position or, if there may be several, K."""
+  """Converts token ids, `[..., T]`; or, if there may be several, one or K, to `[..., T, K]`."""
   tokens = as_ids(name, tokens, "pass the ids of the sampled tokens")
   if tokens.shape != shape and not (several and tokens.size and tokens.shape[:-1] == shape):
     raise ValueError(
       f"{name} must have one id per position, {list(shape)} for {of}{', or K' if several else ''}; "
       f"got {list(tokens.shape)}: shift them so that position t holds the token sampled from it"
     )
-  return tokens
+  return tokens[..., None] if several and tokens.shape == shape else tokens
 
 
 def _log_softmax(logits: jax.Array) -> jax.Array:

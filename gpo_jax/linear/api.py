@@ -80,17 +80,15 @@ def linear_token_log_probs(
   """
   hidden, head = as_head(hidden, head)
   of = hidden.shape[:-1], f"hidden {list(hidden.shape)}"
-  tokens = as_tokens(tokens, *of, several=True)
-  ids = tokens if tokens.ndim == hidden.ndim else tokens[..., None]
+  ids = as_tokens(tokens, *of, several=True)
   mask = jnp.ones(of[0], bool) if mask is None else as_mask("mask", mask)
   check_same_shape(tokens=ids[..., 0], mask=mask)
   if support is not None:
     support = as_tokens(support, *of, several=True, name="support")
-    support = support if support.ndim == hidden.ndim else support[..., None]
   layout, hidden, head = layout_of(sharding, hidden, head)
   hidden, head = reverse_only((hidden, head))
   log_probs, entropy = _log_probs(as_tiling(tiling), layout, hidden, head, ids, mask, support)
-  return TokenLogProbs(log_probs.reshape(tokens.shape), entropy)
+  return TokenLogProbs(log_probs.reshape(jnp.shape(tokens)), entropy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
