@@ -1,5 +1,6 @@
 """The documentation's settings: `make docs`."""
 
+import inspect
 import pathlib
 import re
 import shutil
@@ -8,6 +9,7 @@ from sphinx.application import Sphinx
 
 import gpo_jax
 from gpo_jax._ranges import RANGES
+from gpo_jax.presets import PRESETS
 
 HERE = pathlib.Path(__file__).parent
 shutil.copytree(HERE.parent / "notebooks", HERE / "notebooks", dirs_exist_ok=True)
@@ -25,13 +27,17 @@ exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 default_role = "py:obj"  # `name` in docstrings: a link where there is such a name
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
-autodoc_typehints = "none"  # docstrings give shapes and ranges
+autodoc_typehints = "none"  # signatures are as the source writes them: see `show_source`
+maximum_signature_line_length = 72
+napoleon_attr_annotations = False  # docstrings give shapes and ranges
+napoleon_custom_sections = [("Attributes", "params_style")]
+toc_object_entries_show_parents = "hide"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are committed with their outputs
 nb_render_markdown_format = "myst"  # in outputs too: tables, formulas
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]
 html_theme = "furo"
 html_title = f"gpo_jax {release}"
 html_show_sphinx = False
@@ -43,23 +49,67 @@ def keep_equations(app: Sphinx, what: str, name: str, obj: object, options: obje
   section, result = False, []
   for i, line in enumerate(lines):
     section = section or line in ("Args:", "Attributes:", "Returns:", "Raises:", "Example:")
-    starts = line.startswith("    ") and i and not lines[i - 1]
-    if starts and not section:
+    equation = line.startswith("    ") and not section
+    if equation and i and not lines[i - 1]:
       result += ["::", ""]
-    result.append(line)
+    result.append(line.replace("`", "") if equation else line)
   lines[:] = result
 
 
+def link_spans(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list):
+  """Makes links of `names` and of arXiv numbers, and code of everything else in backticks."""
+
+  def span(match: re.Match) -> str:
+    before, text, after = match.groups()
+    is_name = re.fullmatch(r"[A-Za-z_][\w.]*", text)
+    joined = before + ("" if re.match(r"[\s(\[{\"'/:-]|$", before) else "\\ ")
+    joined += f"`{text}`" if is_name else f"``{' '.join(text.split())}``"
+    return joined + ("\\ " if re.match(r"\w", after) else "")
+
+  text = re.sub(r"(.|^)`([^`]+)`(?=(.|$))", span, "\n".join(lines), flags=re.DOTALL)
+  text = re.sub(r"arXiv:(\d{4}\.\d{5})", r"`arXiv:\1 <https://arxiv.org/abs/\1>`__", text)
+  lines[:] = text.split("\n")
+
+
 def show_ranges(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list):
-  """Adds the range of a number to its line among the arguments, from the table that checks it."""
+  """Adds the ranges of numbers among the arguments, from the table that checks them."""
+  own, documented = name.rpartition(".")[2], set()
   for i, line in enumerate(lines):
-    match = re.match(r"    (\w+): ", line)
-    limits = match and (RANGES.get(f"{name.split('.')[-1]}.{match[1]}") or RANGES.get(match[1]))
+    match = re.match(r"  (\w+): ", line)
+    limits = match and (RANGES.get(f"{own}.{match[1]}") or RANGES.get(match[1]))
     if limits:
-      lines[i] = f"    {match[1]}: in {limits}; {line[match.end() :]}"
+      documented.add(match[1])
+      if not re.search(r"(?<!A )[≥>] \d|in [\[(]", line):
+        lines[i] = f"  {match[1]}: in {limits}; {line[match.end() :]}"
+  if obj is PRESETS.get(own):
+    keys = [key for key in inspect.signature(obj).parameters if key in RANGES.keys() - documented]
+    missing = [f"  {key}: in {RANGES[key]}; {RANGES[key].usual}." for key in keys]
+    if "Args:" in lines:
+      start = lines.index("Args:") + 1
+      lines[start:start] = missing
+    elif missing:
+      end = next(i for i, line in enumerate(lines) if re.match("Returns|Example|Reference", line))
+      lines[end:end] = ["Args:", *missing, ""]
+
+
+def show_source(
+  app: Sphinx, what: str, name: str, obj: object, options: object, signature: str, result: str
+):
+  """Writes a signature as its source does: `Array`, not all that it is an alias of."""
+  if what == "class":  # nobody calls a protocol, nor what has private fields
+    return ("", None) if re.search(r"\*args|\b_", signature or "") else None
+  pattern = r"def \w+\(\s*(?:self,?\s*)?(.*?),?\s*\)\s*->\s*(.*?):\n"
+  match = what != "module" and re.search(pattern, inspect.getsource(inspect.unwrap(obj)), re.DOTALL)
+  if not match:
+    return None
+  shown = [re.sub(r"\b(?:jax|chex)\.|[\"'](?=[A-Z])|(?<=\w)[\"']", "", x) for x in match.groups()]
+  arguments, returned = (" ".join(text.split()) for text in shown)
+  return f"({arguments})", returned
 
 
 def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
   app.connect("autodoc-process-docstring", show_ranges, priority=0)
   app.connect("autodoc-process-docstring", keep_equations, priority=0)
+  app.connect("autodoc-process-docstring", link_spans, priority=0)
+  app.connect("autodoc-process-signature", show_source)

@@ -11,7 +11,9 @@ import pathlib
 import re
 import sys
 
+from gpo_jax import levels, surrogates
 from gpo_jax._ranges import RANGES
+from gpo_jax.objective import Objective
 from gpo_jax.presets import PRESETS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,10 +36,15 @@ def linked(name: str) -> str:
   return f"[`{name}`]({target})"
 
 
+def objective_of(name: str) -> Objective:
+  """Makes a preset with its paper's numbers, and 1,024 for one that has no default."""
+  parameters = inspect.signature(PRESETS[name]).parameters.values()
+  return PRESETS[name](**{p.name: 1024 for p in parameters if p.default is p.empty})
+
+
 def row(name: str) -> str:
   """Makes a preset's row of the table."""
-  parameters = inspect.signature(PRESETS[name]).parameters.values()
-  objective = PRESETS[name](**{p.name: 1024 for p in parameters if p.default is p.empty})
+  objective = objective_of(name)
   slots = {slot: functions(getattr(objective, slot)) for slot in SLOTS}
   if objective.corrections:
     slots["surrogate"] += f" × {functions(objective.corrections)}"
@@ -49,10 +56,45 @@ def table() -> str:
   return "\n".join([HEAD, "|---" * HEAD.count(" |") + "|", *map(row, PRESETS)])
 
 
+def group(name: str) -> str:
+  """Sorts a preset by what sets it apart, seen in its slots."""
+  objective = objective_of(name)
+  if objective.advantage is None:
+    return "With a critic or a teacher"
+  if objective.corrections:
+    return "For stale samples"
+  if objective.level.func is not levels.token:
+    return "One ratio per response"
+  return "On-policy" if objective.surrogate.func is surrogates.reinforce else "One ratio per token"
+
+
+def equation(slot) -> str:
+  """Finds a slot function's equation: the first indented line of its docstring."""
+  line = re.search(r"\n\n    +(\S.*)", slot.func.__doc__)[1]
+  return line.partition("      ")[0].replace("   ", " ")
+
+
+def equations(name: str) -> str:
+  """Lists the equations of a preset, each beside the function that has it."""
+  objective = objective_of(name)
+  filled = [getattr(objective, slot) for slot in SLOTS] + list(objective.corrections)
+  functions = {slot.func: equation(slot) for slot in filled if slot is not None}
+  lines = [".. list-table::", "   :class: equations", ""]
+  for function, written in functions.items():
+    module = function.__module__.split(".")[1]
+    link = f":py:obj:`{module}.{function.__name__} <gpo_jax.{module}.{function.__name__}>`"
+    lines += [f"   * - {link}", f"     - ``{written}``"]
+  return "\n".join(f"   {line}".rstrip() for line in lines)
+
+
 def reference() -> str:
-  """Makes the presets' part of the reference."""
-  entries = "\n\n".join(f".. autofunction:: {name}" for name in PRESETS)
-  return f"```{{eval-rst}}\n.. currentmodule:: gpo_jax\n\n{entries}\n```"
+  """Makes the presets' part of the reference, in groups."""
+  groups = {}
+  for name in PRESETS:
+    entry = f".. autofunction:: {name}\n\n{equations(name)}"
+    groups.setdefault(group(name), [".. currentmodule:: gpo_jax"]).append(entry)
+  blocks = {title: "\n\n".join(entries) for title, entries in groups.items()}
+  return "\n\n".join(f"## {title}\n\n```{{eval-rst}}\n{x}\n```" for title, x in blocks.items())
 
 
 def ranges() -> str:

@@ -31,7 +31,7 @@ class Range(NamedTuple):
 
 
 INF = float("inf")
-_EPSILON = Range("[]", 0, INF, "a distance from a ratio of 1, such as 0.2")
+_EPSILON = Range("[]", 0, INF, "a distance from a ratio of 1, such as 0.2, or 3e-4 for responses")
 _POSITIVE = Range("()", 0, INF)
 _SHARE = Range("[)", 0, 1, "a share of the tokens")
 _DISTANCE = Range("[]", 0, INF, "a distance, not its sign")

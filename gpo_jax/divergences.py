@@ -30,7 +30,9 @@ from gpo_jax.types import Rollout
 
 @slot_function(tokenwise=True, needs_reference=True)
 def k1(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes the log-ratio itself: δ.
+  """Computes the log-ratio itself.
+
+      δ
 
   Right in value, useless as a loss: on-policy its gradient is noise around 0. As part of the reward
   it is the textbook choice, with a mask of bools:
@@ -48,7 +50,9 @@ def k1(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
 
 @slot_function(tokenwise=True, needs_reference=True)
 def k2(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes half the squared log-ratio: δ²/2.
+  """Computes half the squared log-ratio.
+
+      δ²/2
 
   On-policy its gradient is exactly ∇KL(π‖π_ref); its value is not the KL.
 
@@ -64,7 +68,9 @@ def k2(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
 
 @slot_function(tokenwise=True, needs_reference=True)
 def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes e^−δ + δ − 1, GRPO's penalty, without cancellation.
+  """Computes GRPO's penalty, without cancellation.
+
+      e^−δ + δ − 1
 
   On-policy an unbiased, positive estimate of KL(π‖π_ref), but its gradient is ∇KL(π_ref‖π). For the
   gradient of what it estimates, off-policy too, use `unbiased`.
@@ -81,7 +87,9 @@ def k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.
 
 @slot_function(tokenwise=True, needs_reference=True)
 def absolute(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes the size of the log-ratio: `|δ|`.
+  """Computes the size of the log-ratio.
+
+      |δ|
 
   On-policy its gradient is that of twice the total variation distance between π and π_ref; 0 if
   they agree, although `jnp.abs` has slope 1 at 0.
@@ -116,7 +124,9 @@ def straight_through(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Ro
 
 @slot_function(tokenwise=True, needs_reference=True)
 def unbiased(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes ρ(e^−δ + δ − 1) with ρ differentiable: unbiased for KL(π‖π_ref) off-policy as well.
+  """Estimates KL(π‖π_ref), value and gradient without bias, off-policy as well.
+
+      ρ(e^−δ + δ − 1),   ρ differentiable
 
   Computed as sg(ρ(e^−δ + δ − 1)) + sg(ρδ)(log π − sg(log π)), of the same value and gradient: under
   autodiff the two parts of the gradient cancel, and nothing is left of ρδ at δ = −30. Only first
@@ -137,7 +147,9 @@ def unbiased(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -
 def sequence_unbiased(
   ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout
 ) -> jax.Array:
-  """Computes ρ_1⋯ρ_t (e^−δ_t + δ_t − 1): unbiased for the KL of whole responses, off-policy too.
+  """Estimates the KL of whole responses without bias, off-policy too.
+
+      ρ_1⋯ρ_t (e^−δ_t + δ_t − 1)
 
   The sum over a response's tokens estimates KL(π‖π_ref) over responses, value and gradient, from
   samples of any π_old; token ratios alone keep the distribution of states at π_old's. The price
@@ -164,7 +176,9 @@ def sequence_unbiased(
   how="bind the KL: lambda _, log_ratio, rollout: sequence_exact(kl, log_ratio, rollout)"
 )
 def sequence_exact(kl: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes ρ_1⋯ρ_t−1 KL_t, with KL_t over the whole vocabulary: exact for the KL of responses.
+  """Computes the KL of responses from each token's KL over the whole vocabulary.
+
+      ρ_1⋯ρ_t−1 KL_t
 
   Like `sequence_unbiased`, without the sampled token's noise. As an objective's divergence:
   `lambda _, log_ratio, rollout: sequence_exact(kl, log_ratio, rollout)`.
@@ -185,7 +199,9 @@ def sequence_exact(kl: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax
 
 @slot_function(needs_reference=True)
 def sequence_k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes `k3` of the whole response: δ = Σ_t δ_t, at every token of it.
+  """Computes `k3` of the whole response, at every token of it.
+
+      e^−δ + δ − 1,   δ = Σ_t δ_t
 
   Example:
     >>> rollout = Rollout(advantages=0, mask=jnp.ones(2), weights=jnp.ones(2))
@@ -199,7 +215,9 @@ def sequence_k3(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout
 
 @slot_function(tokenwise=True, needs_reference=True)
 def chi2_minus_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes ρ(r − log r − 1) with r = π/π_ref: the written specification's penalty.
+  """Computes the written specification's penalty.
+
+      ρ(r − log r − 1),   r = π/π_ref
 
   Unbiased for χ²(π‖π_ref) − KL(π‖π_ref) for every π_old. Below r = 0.203 it rewards pushing a token
   further down; `unbiased` is the KL.
@@ -216,7 +234,9 @@ def chi2_minus_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollo
 
 @slot_function(tokenwise=True, needs_reference=True)
 def forward_kl(ref_log_ratio: jax.Array, log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Computes (π_ref/π_old)(r − log r − 1) with r = π/π_ref: unbiased for KL(π_ref‖π).
+  """Estimates KL(π_ref‖π) without bias, off-policy as well.
+
+      (π_ref/π_old)(r − log r − 1),   r = π/π_ref
 
   The weight π_ref/π_old does not depend on the policy.
 

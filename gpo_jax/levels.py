@@ -18,7 +18,9 @@ from gpo_jax.types import Rollout
 
 @slot_function(tokenwise=True)
 def token(log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
-  """Leaves each token its own ratio: log ρ_t.
+  """Leaves each token its own ratio.
+
+      log ρ_t
 
   Reference: Shao et al. (2024, GRPO), arXiv:2402.03300, Eq. 3.
   """

@@ -62,7 +62,7 @@ class Objective:
     weighting: a `Weighting`; see `gpo_jax.weightings`.
     divergence: a `Divergence`, minimised, or None; see `gpo_jax.divergences`.
     beta: the divergence's weight, a scalar; None without a divergence.
-    corrections: a tuple of `Correction`s; see `gpo_jax.corrections`.
+    corrections: a tuple, each a `Correction`; see `gpo_jax.corrections`.
     allow_token_weighting: whether a response's ratio may be weighted by the response's length.
 
   Raises:

@@ -1,9 +1,9 @@
 """Algorithms, each one expression: the paper's choices of functions, its constants as defaults.
 
-Every preset returns an `Objective`; `.replace(slot=…)` turns it into the next one. If a preset has
-`beta`, None removes the divergence and with it the need for a reference policy. A preset with a
-clip has `epsilon_low` and `epsilon_high`, how far a ratio may fall below 1 and rise above it; None
-makes the second equal to the first.
+Every preset returns an `Objective`; `replace(slot=…)` returns another one. If a preset has `beta`,
+None removes the divergence and with it the need for a reference policy. A preset with a clip has
+`epsilon_low` and `epsilon_high`, how far a ratio may fall below 1 and rise above it; None makes the
+second equal to the first.
 
 To change a constant that a preset does not name, bind it:
 `grpo().replace(advantage=partial(advantages.standardize, ddof=0, eps=1e-6))`.
@@ -48,7 +48,7 @@ def gpo(
     beta: weight of the penalty.
 
   Returns:
-    The objective. With advantages given, its loss is −`gpo_objective` over the active tokens.
+    The objective. With advantages given, its loss is minus `gpo_objective` over the active tokens.
 
   Reference: the module `gpo_jax.specification`.
   """
@@ -172,7 +172,7 @@ def cispo(*, high: chex.Numeric = 4.0, low: chex.Numeric | None = None) -> Objec
   when many updates are made on one batch.
 
   Args:
-    high: the largest weight, an absolute bound > 1. The paper does not disclose its own; 4 is
+    high: the largest weight, an absolute bound. The paper does not disclose its own; 4 is
       tinker-cookbook's.
     low: the smallest weight, an absolute bound; None for no lower bound.
 
@@ -217,7 +217,8 @@ def gmpo(*, epsilon_low: chex.Numeric = 0.4, epsilon_high: chex.Numeric | None =
   `grpo` and `gspo`.
 
   Args:
-    clip: the limit on a token's log-ratio.
+    epsilon_low: how far a token's log-ratio may fall below 0.
+    epsilon_high: how far it may rise above 0.
 
   Reference: Zhao et al. (2025), arXiv:2507.20673.
   """
@@ -376,8 +377,8 @@ def dppo(*, low: chex.Numeric = 0.2, high: chex.Numeric | None = None) -> Object
   has. Choose it where ratios of rare tokens are clipped too often.
 
   Args:
-    low: how far a token's probability may fall.
-    high: how far it may rise; `low` if None.
+    low: how far a token's probability may fall, ≥ 0.
+    high: how far it may rise, ≥ 0; `low` if None.
 
   Reference: DPPO (2026), arXiv:2602.04879, binary total variation. There the ratio, too, is
   taken to the sampler: let `old_log_probs` be the sampler's to have that.

@@ -24,14 +24,16 @@ def clip(
 ) -> jax.Array:
   """Clips the ratio on the side that would raise the objective.
 
-      min(ρA, clip(ρ, 1−ε_low, 1+ε_high) A);   with `max_ratio`, min(min(ρ, max_ratio)A, clip(ρ)A)
+      min(ρA, clip(ρ, 1−ε_low, 1+ε_high) A)
+      min(min(ρ, max_ratio)A, clip(ρ, 1−ε_low, 1+ε_high) A)      with `max_ratio`
 
   At a limit the gradient is the unclipped branch's.
 
   Args:
-    epsilon_low: ε_low > 0.
-    epsilon_high: ε_high > 0; ε_low if None.
-    max_ratio: a cap on ρ > 1+ε_high for A < 0, which the clip leaves unbounded; None disables it.
+    epsilon_low: ε_low ≥ 0.
+    epsilon_high: ε_high ≥ 0; ε_low if None.
+    max_ratio: a cap ≥ 1 on ρ, which a clip leaves unbounded for A < 0; above 1+ε_high it changes
+      nothing else. None disables it.
 
   Example:
     >>> log_ratio = jnp.log(jnp.array([1.5, 0.5, 1.5, 0.5]))
@@ -69,7 +71,7 @@ def dual_clip(
   Args:
     epsilon_low: as in `clip`.
     epsilon_high: as in `clip`.
-    bound: c > 1.
+    bound: ≥ 1.
 
   Example:
     >>> print(dual_clip(jnp.log(jnp.array([8.0, 8.0])), jnp.array([1.0, -1.0]), epsilon_low=0.25))
@@ -100,8 +102,7 @@ def cispo(
   Args:
     low: the smallest weight, an absolute bound in [0, 1]; None disables it, as in TRL; verl,
       NeMo-RL and slime use 1−ε.
-    high: the largest weight, an absolute bound > 1. Below 1 it would shrink on-policy gradients
-      too.
+    high: the largest weight, an absolute bound > 0. Below 1 it shrinks on-policy gradients too.
 
   Example:
     >>> print(jax.grad(lambda x: cispo(x, 2.0, high=4.0))(jnp.log(8.0)))

@@ -61,7 +61,7 @@ def total_variation_mask(
 
   Args:
     rollout: μ is its sampler_log_probs, or its old_log_probs if it has none.
-    low: how far a probability may fall, in (0, 1).
+    low: how far a probability may fall, ≥ 0; from 1 on it never drops.
     high: how far it may rise; `low` if None.
 
   Example:
@@ -93,7 +93,7 @@ def binary_kl_mask(
 
   Args:
     rollout: μ is its sampler_log_probs, or its old_log_probs if it has none.
-    low: the largest KL of a token that falls, in nats, > 0.
+    low: the largest KL of a token that falls, in nats, ≥ 0.
     high: the largest of one that rises; `low` if None.
 
   Example:

@@ -60,8 +60,8 @@ def linear_token_log_probs(
     sharding: how tokens and unembedding lie on a mesh.
 
   Returns:
-    `TokenLogProbs(log_probs, entropy)` in nats: log_probs of the shape of tokens, the entropy of
-    each position, `[..., T]`, over the support.
+    In nats, the log-probabilities, of the shape of tokens, and the entropy of each position,
+    `[..., T]`, over the support.
 
   Raises:
     ValueError: if shapes or dtypes do not fit.

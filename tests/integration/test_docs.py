@@ -124,3 +124,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
   command = [sys.executable, "-m", "sphinx", "--quiet", "--fail-on-warning", "--keep-going"]
   done = subprocess.run([*command, DOCS, tmp_path / "html"], capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
+  presets = (tmp_path / "html/api/presets.html").read_text()
+  assert "in [0, inf); weight of the divergence" in presets  # ranges, from their table
+  assert "https://arxiv.org/abs/2402.03300" in presets
+  assert "jax." not in re.sub(r"gpo_jax\.|<[^>]+>", "", presets)  # types read as Array

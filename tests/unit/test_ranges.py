@@ -1,6 +1,7 @@
 """Every number has a range, which the edges belong to and a known value outside of does not."""
 
 import inspect
+import re
 from functools import partial
 
 import jax
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
-from gpo_jax import _ranges, advantages, corrections, levels, presets, surrogates, weightings
+from gpo_jax import (
+  _ranges,
+  advantages,
+  corrections,
+  levels,
+  presets,
+  surrogates,
+  vocabulary,
+  weightings,
+)
 from gpo_jax.traits import traits_of
 
 MODULES = (surrogates, levels, weightings, advantages, corrections)
@@ -153,3 +163,36 @@ def test_the_table_has_no_name_that_nothing_uses():
   used = {key for _, key, _ in NUMBERS} | {"beta", "temperature", "softcap"}
   used |= {"discount", "decay"}  # of `generalized`, which fills no slot
   assert {name.split(".")[-1] for name in _ranges.RANGES} == used
+
+
+DOCUMENTED = FUNCTIONS | presets.PRESETS | vars(vocabulary) | {"Head": gpo.Head}
+DOCUMENTED |= {"token_log_probs": gpo.token_log_probs, "token_entropy": gpo.token_entropy}
+STATED = [
+  (name, key, stated)
+  for name, function in DOCUMENTED.items()
+  if callable(function) and function.__doc__
+  for key, line in re.findall(r"^ +(\w+): (.*)$", function.__doc__, re.MULTILINE)
+  for stated in re.findall(r"(?<!A )([≥>] [\d.]+|(?<=in )[\[(][^\])]*[\])])", line)
+  if f"{name}.{key}" in _ranges.RANGES or key in _ranges.RANGES
+]
+
+
+def agrees(stated, limits):
+  bracket = {"≥": "[", ">": "("}.get(stated[0])
+  if bracket is None:
+    return stated == str(limits)
+  return limits.brackets[0] == bracket and limits.low == float(stated[2:])
+
+
+@pytest.mark.parametrize(("name", "key", "stated"), STATED, ids=[f"{n}-{k}" for n, k, _ in STATED])
+def test_a_docstring_states_the_range_that_is_checked(name, key, stated):
+  limits = _ranges.RANGES.get(f"{name}.{key}") or _ranges.RANGES[key]
+  assert agrees(stated, limits), (stated, str(limits))
+
+
+def test_a_wrong_range_in_a_docstring_would_be_seen():
+  limits = _ranges.Range("[)", 0, 1)
+  assert len(STATED) > 20
+  assert agrees("≥ 0", limits)
+  assert agrees("[0, 1)", limits)
+  assert not any(agrees(stated, limits) for stated in ("> 0", "≥ 1", "(0, 1)", "[0, 1]"))
