@@ -1,10 +1,13 @@
 """The documentation's settings: `make docs`."""
 
 import inspect
+import operator
 import pathlib
 import re
 import shutil
 
+from docutils import nodes
+from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 
 import gpo_jax
@@ -107,9 +110,25 @@ def show_source(
   return f"({arguments})", returned
 
 
+def link_code(app: Sphinx, doctree: nodes.document) -> None:
+  """Links code in running text that names something public, such as `levels.token`."""
+  for node in list(doctree.findall(nodes.literal)):
+    name = re.sub(r"^gpo(_jax)?\.|\(.*", "", node.astext())
+    function = operator.attrgetter(name) if re.fullmatch(r"[A-Za-z]\w*(\.\w+)?", name) else None
+    try:
+      public = function and callable(function(gpo_jax))
+    except AttributeError:
+      public = False
+    inside = isinstance(node.parent, nodes.reference | nodes.title | pending_xref)
+    if public and not inside and "=" not in node.astext():
+      target = {"refdomain": "py", "reftype": "obj", "reftarget": f"gpo_jax.{name}"}
+      node.replace_self(pending_xref("", node.deepcopy(), **target, refexplicit=True))
+
+
 def setup(app: Sphinx) -> None:
   """Called by Sphinx."""
   app.connect("autodoc-process-docstring", show_ranges, priority=0)
   app.connect("autodoc-process-docstring", keep_equations, priority=0)
   app.connect("autodoc-process-docstring", link_spans, priority=0)
   app.connect("autodoc-process-signature", show_source)
+  app.connect("doctree-read", link_code)

@@ -1,7 +1,9 @@
 """Each module imports only from the layers below its own."""
 
 import ast
+import itertools
 import pathlib
+import re
 
 import pytest
 
@@ -93,3 +95,11 @@ def test_every_module_has_a_layer():
   modules = {p.stem for p in PACKAGE.glob("*.py")}
   modules |= {"advantages", "corrections", "diagnosis", "integrations", "linear"}
   assert modules == set(HEIGHT)
+
+
+def test_the_picture_shows_the_layers():
+  picture = PACKAGE.parent / "docs/_static/layers.svg"
+  rows = [row.split(" · ") for row in re.findall(r'"bold">(.*?)<', picture.read_text())]
+  assert {name for row in rows for name in row} == set(HEIGHT) - {"__init__"}
+  for above, below in itertools.pairwise(rows):
+    assert min(map(HEIGHT.get, above)) > max(map(HEIGHT.get, below))
