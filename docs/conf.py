@@ -24,14 +24,15 @@ release = version = gpo_jax.__version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_nb"]
 extensions += ["sphinxcontrib.katex"]  # which brings its script along: no network to read the site
-katex_options = '{output: "mathml"}'  # set by the browser, with its own fonts
+# Set by the browser, with its own fonts; which has no space after a function's name.
+katex_options = r'{output: "mathml", macros: {"\\log": "\\operatorname{log}\\kern0.15em"}}'
 katex_css_path = "katex-math.css"
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 default_role = "py:obj"  # `name` in docstrings: a link where there is such a name
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # signatures are as the source writes them: see `show_source`
-maximum_signature_line_length = 72
+maximum_signature_line_length = 62
 napoleon_attr_annotations = False  # docstrings give shapes and ranges
 napoleon_custom_sections = [("Attributes", "params_style")]
 toc_object_entries_show_parents = "hide"
@@ -64,7 +65,8 @@ def link_spans(app: Sphinx, what: str, name: str, obj: object, options: object, 
 
   def span(match: re.Match) -> str:
     before, text, after = match.groups()
-    is_name = re.fullmatch(r"[A-Za-z_][\w.]*", text)
+    # The arguments of this name are no links to the module.
+    is_name = re.fullmatch(r"(?!advantages$)[A-Za-z_][\w.]*", text)
     joined = before + ("" if re.match(r"[\s(\[{\"'/:-]|$", before) else "\\ ")
     joined += f"`{text}`" if is_name else f"``{' '.join(text.split())}``"
     return joined + ("\\ " if re.match(r"\w", after) else "")

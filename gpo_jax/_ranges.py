@@ -73,7 +73,7 @@ RANGES = {
   "decay": Range("[]", 0, 1, "lambda, such as 0.95"),
   "length": Range("()", 0, INF, "the longest allowed response, in tokens"),
   "lengths": Range("[)", 0, INF, "tokens per response"),
-  "weights": Range("()", -INF, INF, "one number per kind of reward"),
+  "decoupled.weights": Range("()", -INF, INF, "one number per kind of reward"),
   "ddof": Range("[)", 0, INF, "0 or 1"),
   "eps": Range("[)", 0, INF, "a small number, such as 1e-4"),
   "temperature": Range("()", 0, INF, "the sampler's; greedy decoding samples nothing"),

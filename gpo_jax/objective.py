@@ -243,8 +243,8 @@ class Objective:
       rollout: from `prepare`, whole or any slice of it.
 
     Returns:
-      The scalar loss: over the slices of a rollout the losses, and their gradients, add up. And
-      `Terms`, per token, for `summarize`.
+      The scalar loss, and `Terms`, per token, for `summarize`. Over the slices of a rollout losses
+      and gradients add up.
 
     Raises:
       ValueError: if shapes or dtypes do not fit, or the rollout lacks what a slot needs.

@@ -193,7 +193,7 @@ def informative(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array
   groups told apart by ids: `by_group(informative, rewards, group_ids)`.
 
   Returns:
-    Bools, `[..., G]`: True if the sample counts and not all rewards of its group are equal.
+    Bools, `[..., G]`, True if the sample counts and not all rewards of its group are equal.
 
   Example:
     >>> print(informative(jnp.array([[1.0, 0.0], [1.0, 1.0]])))
