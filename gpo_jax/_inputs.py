@@ -22,6 +22,18 @@ def as_array(name: str, value: Any, what: str = "real numbers") -> Array:
   raise ValueError(f"{name} must hold {what}; got {_show(value, array.dtype)}")
 
 
+def as_log_probs(name: str, value: Any) -> Array:
+  """Converts an array of floats: integers are token ids, in the wrong place."""
+  array = as_array(name, value)
+  given = getattr(value, "dtype", array.dtype)
+  if not jnp.issubdtype(given, jnp.floating):
+    raise ValueError(
+      f"{name} must hold floats; got dtype {given}: pass log-probabilities, such as "
+      "token_log_probs(logits, tokens), not token ids"
+    )
+  return array
+
+
 def _convert(name: str, value: Any, what: str) -> Array:
   if isinstance(value, jax.Array):
     return value

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gpo_jax._inputs import (
   as_array,
+  as_log_probs,
   as_mask,
   as_segment_ids,
   check_same_shape,
@@ -26,7 +27,7 @@ _PER_TOKEN = ("weights", "old_log_probs", "ref_log_probs", "sampler_log_probs", 
 def clean(log_probs: Any, rollout: Rollout, name: str = "log_probs") -> tuple[jax.Array, Rollout]:
   """Cleans what an objective is called with."""
   rollout = validate(rollout)
-  log_probs = as_array(name, log_probs)
+  log_probs = as_log_probs(name, log_probs)
   check_same_shape(**{"mask": rollout.mask, name: log_probs})
   given = [field for field in _PER_TOKEN if getattr(rollout, field) is not None]
   fixed = jax.lax.stop_gradient([getattr(rollout, field) for field in ("advantages", *given)])
@@ -49,7 +50,8 @@ def validate(rollout: Rollout) -> Rollout:
   mask = as_mask("mask", rollout.mask)
   fields = {name: getattr(rollout, name) for name in _PER_TOKEN}
   needed = {k: v for k, v in fields.items() if v is not None or k == "weights"}
-  arrays = {name: jnp.asarray(as_array(name, value)) for name, value in needed.items()}
+  convert = {name: as_log_probs if name.endswith("log_probs") else as_array for name in needed}
+  arrays = {name: jnp.asarray(convert[name](name, value)) for name, value in needed.items()}
   check_same_shape(mask=mask, **arrays)
   given = jnp.asarray(as_array("advantages", rollout.advantages))
   advantages = given[..., None] if given.ndim < mask.ndim else given

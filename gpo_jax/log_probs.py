@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpo_jax import vocabulary
 from gpo_jax._inputs import (
@@ -73,7 +74,7 @@ def token_log_probs(
   largest = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
   log_probs = own - largest - jnp.log(jnp.sum(jnp.exp(z - largest), axis=-1, keepdims=True))
   log_probs = jnp.where(own == jnp.finfo(own.dtype).min, -jnp.inf, log_probs)
-  return jnp.where(known, log_probs, jnp.nan).reshape(jnp.shape(tokens))
+  return jnp.where(known, log_probs, jnp.nan).reshape(np.shape(tokens))
 
 
 def token_entropy(

@@ -432,7 +432,7 @@ def gpg() -> Objective:
 def max_rl() -> Objective:
   """MaxRL: advantages divided by the group's success rate, towards maximum likelihood of success.
 
-  Prompts that are almost never solved count the more when they are. Choose it on-policy with 0/1
+  Rare successes count for more. Choose it on-policy with 0/1
   rewards and many samples per prompt.
 
   Reference: MaxRL (2026), arXiv:2602.02710.
@@ -511,12 +511,12 @@ def preset(name: str, **numbers: chex.Numeric) -> Objective:
     raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r:.60}")
   function = PRESETS[name]
   known = ", ".join(inspect.signature(function).parameters) or "none"
-  for key, value in numbers.items():
-    check_number(f"{key} of {name}", value)
   try:
     inspect.signature(function).bind(**numbers)
   except TypeError as error:
     raise ValueError(
       f"{name} takes {known}; got {', '.join(numbers) or 'none'}: {error}"
     ) from error
+  for key, value in numbers.items():
+    check_number(f"{key} of {name}", value)
   return function(**numbers)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpo_jax._inputs import as_mask, check_same_shape
 from gpo_jax.linear import distributions, few, one_pass, two_passes
@@ -88,7 +89,7 @@ def linear_token_log_probs(
   layout, hidden, head = layout_of(sharding, hidden, head)
   hidden, head = reverse_only((hidden, head))
   log_probs, entropy = _log_probs(as_tiling(tiling), layout, hidden, head, ids, mask, support)
-  return TokenLogProbs(log_probs.reshape(jnp.shape(tokens)), entropy)
+  return TokenLogProbs(log_probs.reshape(np.shape(tokens)), entropy)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

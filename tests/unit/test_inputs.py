@@ -39,6 +39,19 @@ def test_a_list_of_traced_values_says_what_it_is():
     step(1.0)
 
 
+LOG_PROBS = ("log_probs", "old_log_probs", "ref_log_probs", "sampler_log_probs")
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+@pytest.mark.parametrize("ids", [np.array([[[3, 1, 4], [1, 5, 9]]]), jnp.ones((1, 2, 3), bool)])
+def test_token_ids_are_not_taken_for_log_probabilities(name, ids):
+  objective, log_probs = gpo.dapo(), np.full((1, 2, 3), -1.0, np.float32)
+  given = {key: ids if key == name else log_probs for key in LOG_PROBS}
+  with pytest.raises(ValueError, match=rf"{name} must hold floats; got dtype .*not token ids"):
+    current = given.pop("log_probs")
+    objective(current, objective.prepare(REWARDS, MASK, **given))
+
+
 BAD_MASKS = {
   "of_1_and_minus_1": (np.where(np.arange(3) < 2, 1, -1) * np.ones(MASK.shape, int), "-1"),
   "of_a_half": (np.full(MASK.shape, 0.5), "0.5"),

@@ -24,6 +24,7 @@ WRONG = {
   "unknown_number": (("dapo", {"gamma": 1.0}), "dapo takes epsilon_low, epsilon_high; got gamma"),
   "number_of_a_preset_without": (("rloo", {"beta": 1.0}), "rloo takes none; got beta"),
   "missing_number": (("dr_grpo", {}), "dr_grpo takes length, .*got none: .*'length'"),
+  "misspelt_slot": (("dapo", {"surogate": "clip"}), "dapo takes .*unexpected .*'surogate'"),
   "text": (
     ("gspo", {"epsilon_low": "3e-4"}),
     r"epsilon_low of gspo must be a number; got text, '3e-4': .*3\.0e-4",
