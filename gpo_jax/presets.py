@@ -117,7 +117,7 @@ def dr_grpo(
 
 @_preset
 def dapo(*, epsilon_low: chex.Numeric = 0.2, epsilon_high: chex.Numeric = 0.28) -> Objective:
-  """DAPO: more room upwards than downwards, every token of the batch of one weight, no reference.
+  """DAPO: more room upwards than downwards, every token weighs the same, no reference.
 
   Unlikely tokens of good answers can rise further before they are clipped, which keeps entropy up.
   Choose it for long reasoning; drop groups without variance before the step, as the paper does.

@@ -16,7 +16,7 @@ from gpo_jax._inputs import as_array, as_number_in_range, describe
 
 
 class Head(NamedTuple):
-  """What makes logits of hidden states: softcap(h Wᵀ + b) / temperature.
+  """What turns hidden states into logits: softcap(h Wᵀ + b) / temperature.
 
   Attributes:
     unembedding: W, `[V, H]`.

@@ -87,7 +87,10 @@ def test_the_version_is_the_citations():
 
 def test_the_readmes_links_and_commands_exist():
   for link in re.findall(r"\]\((?!http|#)([^)]+)\)", README):
-    assert (ROOT / link).exists(), link
+    page, _, anchor = link.partition("#")
+    assert (ROOT / page).exists(), link
+    headings = re.findall(r"^#+ (.+)", (ROOT / page).read_text(), re.MULTILINE) if anchor else []
+    assert anchor in ["", *(re.sub(r"[^\w ]", "", h).lower().replace(" ", "-") for h in headings)]
   makefile = (ROOT / "Makefile").read_text()
   for target in re.findall(r"^make ([a-z-]+)", README, re.MULTILINE):
     assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
