@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpo_jax._ranges import check_range
+from gpo_jax._ranges import check_range, is_unknown
 
 Array = jax.Array | np.ndarray
 
@@ -96,9 +96,7 @@ def as_mask(name: str, mask: Any) -> jax.Array:
     raise ValueError(
       f"{name} must be [..., G, T] with every axis at least 1; got {list(mask.shape)}"
     )
-  # Values are known outside of jit only, and on this host only if it holds the whole array.
-  known = not isinstance(mask, jax.core.Tracer) and getattr(mask, "is_fully_addressable", True)
-  if not _is_bool(mask) and known:
+  if not _is_bool(mask) and not is_unknown(mask):
     values = np.asarray(mask, np.float32)
     if not np.isin(values, (0, 1)).all():
       other = values[~np.isin(values, (0, 1))][0]

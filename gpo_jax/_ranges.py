@@ -74,7 +74,7 @@ RANGES = {
   "length": Range("()", 0, INF, "the longest allowed response, in tokens"),
   "lengths": Range("[)", 0, INF, "tokens per response"),
   "decoupled.weights": Range("()", -INF, INF, "one number per kind of reward"),
-  "ddof": Range("[)", 0, INF, "0 or 1"),
+  "ddof": Range("[]", 0, 1, "0 or 1"),
   "eps": Range("[)", 0, INF, "a small number, such as 1e-4"),
   "temperature": Range("()", 0, INF, "the sampler's; greedy decoding samples nothing"),
   "softcap": Range("()", 0, INF, "None, for no softcap"),
@@ -88,7 +88,7 @@ def ranges_of(function: str, names: Iterable[str]) -> dict[str, Range]:
 
 def check_range(name: str, value: Any, limits: Range | None = None) -> Any:
   """Checks a number, if its value is known, and returns it."""
-  if value is None or callable(value) or any(map(_is_unknown, jax.tree.leaves(value))):
+  if value is None or callable(value) or any(map(is_unknown, jax.tree.leaves(value))):
     return value
   try:
     known = np.asarray(value)
@@ -105,5 +105,6 @@ def check_range(name: str, value: Any, limits: Range | None = None) -> Any:
   return value
 
 
-def _is_unknown(x: Any) -> bool:
+def is_unknown(x: Any) -> bool:
+  """Tells whether values are out of reach: traced, or partly on another host."""
   return isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)

@@ -216,6 +216,12 @@ class Objective:
         f"for mask {list(mask.shape)}; got rewards {list(rewards.shape)}"
         + ("" if packed else ": rows that hold several responses need segment_ids")
       )
+    if traits.of_kinds and not first:
+      raise ValueError(
+        f"rewards must hold several kinds, [K, {', '.join(map(str, present.shape))}], for the "
+        f"advantage {describe(advantage)}; got {list(rewards.shape)}: stack them, "
+        "jnp.stack([first_kind, second_kind])"
+      )
     if group_ids is not None:
       return by_group(advantage, rewards, group_ids, present)
     if present.ndim == 1:

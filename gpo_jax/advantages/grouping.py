@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from gpo_jax._inputs import as_ids, check_returned, check_same_shape
 from gpo_jax._mesh import whole
-from gpo_jax._slots import as_data
+from gpo_jax._ranges import is_unknown
+from gpo_jax._slots import as_data, describe
 from gpo_jax.advantages.samples import samples
 from gpo_jax.traits import traits_of
 
@@ -38,8 +40,9 @@ def by_group(
     A, of rewards' shape.
 
   Raises:
-    ValueError: if `group_ids` are not integers of rewards' shape, and for `batch_standardize`,
-      whose statistics are over the batch: leave `group_ids` out.
+    ValueError: if `group_ids` are not integers of rewards' shape; if all of them differ, under an
+      advantage relative to the group; and for `batch_standardize`, whose statistics are over the
+      batch: leave `group_ids` out.
 
   Example:
     >>> from gpo_jax.advantages import center
@@ -56,6 +59,12 @@ def by_group(
   remedy = "number the groups, np.unique(group_ids, return_inverse=True)[1]"
   group_ids = as_ids("group_ids", group_ids, remedy)
   check_same_shape(rewards=rewards, group_ids=group_ids)
+  known = not is_unknown(group_ids)
+  if traits_of(advantage).of_group and known and np.unique(group_ids).size == group_ids.size:
+    raise ValueError(
+      f"group_ids must name groups of at least 2; got {group_ids.size} groups of one, whose "
+      f"advantage {describe(advantage)} is always 0: give the responses to one prompt the same id"
+    )
   flat, ids, where = (whole(x).ravel() for x in (rewards, group_ids, where))
   slot: Any = as_data("advantage", advantage)
   # Nothing that a function of this module closes over changes, so one compilation serves all calls.

@@ -52,6 +52,22 @@ def test_token_ids_are_not_taken_for_log_probabilities(name, ids):
     objective(current, objective.prepare(REWARDS, MASK, **given))
 
 
+def test_ids_that_all_differ_are_groups_of_one():
+  rewards, mask = np.ones((2, 2), np.float32), np.ones((2, 2, 3), bool)
+  ids = np.arange(4).reshape(2, 2)
+  with pytest.raises(ValueError, match="group_ids must name groups .*got 4 groups of one.*same id"):
+    gpo.dapo().prepare(rewards, mask, group_ids=ids)
+  jax.jit(lambda ids: gpo.dapo().prepare(rewards, mask, group_ids=ids).advantages)(ids)
+
+
+def test_several_kinds_of_reward_are_stacked():
+  objective = gpo.dapo().replace(advantage=gpo.advantages.decoupled)
+  with pytest.raises(
+    ValueError, match=r"rewards must hold several kinds, \[K, 1, 2\].*got \[1, 2\]"
+  ):
+    objective.prepare(REWARDS, MASK)
+
+
 BAD_MASKS = {
   "of_1_and_minus_1": (np.where(np.arange(3) < 2, 1, -1) * np.ones(MASK.shape, int), "-1"),
   "of_a_half": (np.full(MASK.shape, 0.5), "0.5"),
