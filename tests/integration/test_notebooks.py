@@ -17,7 +17,8 @@ def cells(path):
 
 
 def test_all_are_there():
-  assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "07", "08", "09", "10"]
+  numbers = ", ".join(path.stem[:2] for path in NOTEBOOKS)
+  assert numbers == "01, 02, 03, 04, 05, 07, 08, 09, 10"
 
 
 @each
