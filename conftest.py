@@ -19,6 +19,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_modifyitems(items):
+  """Of a test that is `quick` for some of its cases, the others are slow."""
+  for item in items:
+    quick = item.get_closest_marker("quick")
+    if quick and item.callspec.id not in quick.args:
+      item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def x64():
   """Float64 for one test."""

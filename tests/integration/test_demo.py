@@ -167,6 +167,7 @@ def test_the_objectives_are_the_presets():
   assert length == task.ANSWER_LENGTH
 
 
+@pytest.mark.quick("deepseek_v32", "gspo", "dapo", "gpo")
 @pytest.mark.parametrize("name", objectives.PRESETS)
 def test_an_update_asks_the_reference_where_there_is_a_divergence(name, policy, monkeypatch):
   asked, divergence = [], name in ("gpo", "grpo", "deepseek_v32", "r1")

@@ -84,6 +84,7 @@ PARAMETERS = {
 slow = pytest.mark.slow
 
 
+@pytest.mark.quick("vocabulary_parallel-gspo-linear")
 @pytest.mark.parametrize(
   ("layout", "name", "path"),
   [
@@ -192,6 +193,7 @@ def loss_and_metrics(objective, log_probs, rollout):
   return loss, gradient, gpo.summarize(terms, rollout)
 
 
+@pytest.mark.quick("gspo-explicit")
 @EACH_AXIS_TYPE
 @pytest.mark.parametrize(
   "name", ["gspo", *(pytest.param(name, marks=slow) for name in ("gmpo", "vespo", "r1"))]
@@ -208,6 +210,7 @@ def test_packed_rows_and_metrics(axis_type, name):
     same(loss_and_metrics(objective, *jax.device_put((log_probs, rollout), sharding)), expected)
 
 
+@pytest.mark.quick("packed-all-explicit")
 @EACH_AXIS_TYPE
 @pytest.mark.parametrize("sharded", [pytest.param("mask", marks=slow), "all"])
 @pytest.mark.parametrize("packed", [pytest.param(False, marks=slow), True], ids=["rows", "packed"])

@@ -31,6 +31,7 @@ def test_the_guide_has_code():
   assert with_code.issuperset(GUIDE)
 
 
+@pytest.mark.quick("written_objective", "objectives", "troubleshooting", "migrating")
 @pages([page for page in PAGES if blocks_of(page)])
 @pytest.mark.filterwarnings("default")
 def test_python_blocks_print_what_they_say(page, tmp_path, monkeypatch):

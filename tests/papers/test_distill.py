@@ -46,6 +46,7 @@ def expected_gradient(objective, sampler):
   return jax.jit(jax.grad(lambda x: objective(one(log_probs_of(x)), rollout)[0]))
 
 
+@pytest.mark.quick("off-policy")
 @pytest.mark.parametrize("sampler", [STUDENT, STALE], ids=["on-policy", "off-policy"])
 def test_of_tokens(sampler, x64):
   """The KL of tokens, with states as the sampler visits them; the mean over two tokens."""
@@ -59,6 +60,7 @@ def test_of_tokens(sampler, x64):
     assert np.abs(other(jnp.asarray(STUDENT)) - expected).max() > 1e-2
 
 
+@pytest.mark.quick("off-policy")
 @pytest.mark.parametrize("sampler", [STUDENT, STALE], ids=["on-policy", "off-policy"])
 def test_of_sequences(sampler, x64):
   whole = gpo.distill().replace(

@@ -288,6 +288,7 @@ def test_the_token_estimator_freezes_the_states_of_the_sampler():
   assert close(gradient, jax.grad(frozen)(logits))
 
 
+@pytest.mark.quick("unbiased", "sequence_exact")
 @pytest.mark.parametrize(
   "divergence", [div.sequence_unbiased, div.unbiased, div.sequence_k3, "sequence_exact"]
 )
@@ -330,6 +331,7 @@ def policy_gradient(logits):
   return jax.grad(lambda x: jnp.exp(response_log_probs(x)) @ REWARDS)(logits)
 
 
+@pytest.mark.slow
 def test_luspo_on_policy_is_the_policy_gradient_and_gspo_is_not():
   logits, _, _ = tables(5)
   assert close(surrogate_estimate(gpo.luspo(), logits, logits)[1], policy_gradient(logits))

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import gpo_jax as gpo
 from gpo_jax import corrections, divergences, levels, surrogates
@@ -25,6 +26,7 @@ def numeric(function, x, where, step=1e-6):
   return gradient
 
 
+@pytest.mark.slow
 def test_bias_corrected_kl_at_the_responses_ratio(x64):
   """KL_t · s, s the geometric mean of the response's ratios, differentiable."""
   given = data()

@@ -197,6 +197,7 @@ def test_off_policy_in_float64(name, x64, branches):
   assert_taken_both_ways(branches)
 
 
+@pytest.mark.quick("deepseek_v32", "gspo", "gpg", "gmpo", "cispo", "vespo")
 @every_preset
 def test_off_policy_in_float32(name, branches):
   for seed in SEEDS[:2]:

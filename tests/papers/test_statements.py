@@ -99,6 +99,7 @@ EXACT = {
 }
 
 
+@pytest.mark.quick("sequence_sum", "constant_length")
 @pytest.mark.parametrize("name", EXACT)
 def test_sequence_unbiased_is_exact_where_weights_do_not_depend_on_lengths(name, x64):
   weighting, exact = EXACT[name]

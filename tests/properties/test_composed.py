@@ -262,7 +262,7 @@ how = partial(
 )
 
 
-@how(max_examples=10)
+@how(max_examples=4)
 @given(st.fixed_dictionaries(CHOICES))
 def test_a_composed_objective_is_that_of_the_full_logits(choices):
   check(**choices)

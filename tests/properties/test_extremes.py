@@ -18,6 +18,7 @@ def run(objective, data=BATCH, **changes):
   return value_and_grad(objective, data.log_probs, data.prepare(objective, **changes))
 
 
+@pytest.mark.quick("float16-deepseek_v32", "bfloat16-deepseek_v32", "float16-gspo", "float16-cispo")
 @EVERY
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_inputs_are_computed_in_float32(name, dtype):
@@ -110,6 +111,7 @@ def test_equal_rewards_give_no_gradient_but_the_divergences(name):
   np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.slow
 def test_the_bound_is_reported_and_stops_no_gradient():
   objective = gpo.dapo()
   far = np.full((1, 2, 1), -50.0, np.float32)

@@ -32,21 +32,9 @@ TRACING = {
 }
 
 
-QUICK = {("gspo", "hidden"), ("deepseek_v32", "plain"), ("deepseek_v32", "hidden")}
-
-
 def cases(flags):
-  """All presets and paths under all flags, of which some are quick."""
-  return [
-    pytest.param(name, path, flag, marks=() if is_quick(name, path, flag) else pytest.mark.slow)
-    for name in PRESETS
-    for path in ("plain", "hidden")
-    for flag in flags
-  ]
-
-
-def is_quick(name, path, flag):
-  return (name, path) in QUICK and (path, flag) != ("hidden", "disable_jit")
+  """All presets and paths under all flags."""
+  return [(name, path, flag) for name in PRESETS for path in ("plain", "hidden") for flag in flags]
 
 
 def step(objective, data, path):
@@ -69,6 +57,7 @@ def without_flags(name, path):
   return step(PRESETS[name], jax.device_put(GOOD), path)
 
 
+@pytest.mark.quick("deepseek_v32-plain-debug_infs", "deepseek_v32-hidden-debug_nans")
 @pytest.mark.parametrize(("name", "path", "flag"), cases(RUNNING))
 def test_a_flag_of_running_holds(name, path, flag):
   """Operation by operation, and compiled with NaN at every masked position.
@@ -86,6 +75,14 @@ def test_a_flag_of_running_holds(name, path, flag):
     jax.tree.map(same, compiled(bad), expected)
 
 
+@pytest.mark.quick(
+  "deepseek_v32-hidden-dtype_promotion",
+  "deepseek_v32-hidden-rank_promotion",
+  "deepseek_v32-plain-dtype_promotion",
+  "deepseek_v32-plain-rank_promotion",
+  "gspo-hidden-rank_promotion",
+  "gspo-hidden-dtype_promotion",
+)
 @pytest.mark.parametrize(("name", "path", "flag"), cases(TRACING))
 def test_a_flag_of_tracing_holds(name, path, flag):
   with TRACING[flag]():

@@ -74,6 +74,7 @@ def test_weights_of_a_mean_sum_to_1_and_of_an_empty_batch_to_0(name):
   np.testing.assert_array_equal(weighting(np.zeros_like(BATCH.mask)), 0)
 
 
+@pytest.mark.slow
 def test_an_id_that_comes_back_is_one_response_to_advantages_and_two_to_weights_and_levels():
   rollout = gpo.grpo().prepare([[1.0, 0.0]], [[1, 1, 1]], segment_ids=[[1, 2, 1]])
   first, second = advantages.standardize([1.0, 0.0])

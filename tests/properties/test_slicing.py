@@ -167,6 +167,7 @@ def packed_rollout(objective, packed):
   return log_probs, objective.prepare(*first, **packed)
 
 
+@pytest.mark.quick("deepseek_v32", "gmpo")
 @presets("r1", "gmpo", "gspo_token", "reinforce_plus_plus")
 def test_packed_rows(name):
   objective = PRESETS[name]

@@ -105,6 +105,7 @@ def test_transformed(entry, transform):
   assert_same(jit(transform(call, pair))(pair), right(entry))
 
 
+@pytest.mark.quick("linear_loss", "objective", "prepare_packed")
 @ENTRY
 def test_vmap_inside_of_scan_inside_of_shard_map(entry):
   """On two devices, which take the two sets in opposite order."""
@@ -119,6 +120,7 @@ def test_vmap_inside_of_scan_inside_of_shard_map(entry):
 ALONE = ("linear_loss", "linear_token_log_probs", "objective", "prepare_packed", "by_group")
 
 
+@pytest.mark.quick("linear_loss-vectorized", "objective-sharded", "prepare_packed-sharded")
 @pytest.mark.parametrize("transform", [vectorized, sharded])
 @slow_if(lambda entry: entry not in ALONE)
 def test_one_argument_may_vary_alone(entry, transform):
@@ -137,6 +139,7 @@ def test_uncompiled(entry):
       assert_same(call(at(0, pair)), at(0, right(entry)))
 
 
+@pytest.mark.quick("linear_token_log_probs", "prepare", "token_log_probs", "specification")
 @ENTRY
 def test_nothing_leaks_and_compiled_code_transfers_nothing(entry):
   call, pair = case(entry)
@@ -157,6 +160,9 @@ def wide(entry, request):
   request.getfixturevalue("x64")
 
 
+@pytest.mark.quick(
+  "linear_loss-float64", "prepare-float64", "objective-float64", "surrogates-float64"
+)
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
 @ENTRY
@@ -199,6 +205,7 @@ def loss_of(tree, entry):
   return tree[0][0] if entry == "objective" else tree[0] if entry == "objective_packed" else tree
 
 
+@pytest.mark.quick("linear_loss", "objective", "specification", "levels")
 @pytest.mark.parametrize("entry", SLOPES)
 @pytest.mark.usefixtures("x64")
 def test_derivatives_agree_forward_backward_and_with_differences(entry):

@@ -391,6 +391,7 @@ def test_a_wrong_call_says_what_to_do(name):
 # --- tracers and float0
 
 
+@pytest.mark.slow
 def test_a_leaked_tracer_is_jax_s_error_and_nothing_here_leaks_one():
   kept = []
   jax.jit(lambda x: kept.append(x) or x)(LOG_PROBS)

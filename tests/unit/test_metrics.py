@@ -93,6 +93,7 @@ def test_metrics_by_hand():
   assert low.any()
 
 
+@pytest.mark.quick("deepseek_v32", "gspo")
 @EVERY
 def test_metrics_of_a_cut_batch(name):
   objective = PRESETS[name]

@@ -38,6 +38,7 @@ def test_exp_excess_and_its_slope_to_rounding(transform):
   assert worst(slope, np.expm1(POINTS.astype(np.longdouble))) < 5e-7
 
 
+@pytest.mark.quick("unbiased--1", "k3--1", "chi2_minus_kl-1")
 @pytest.mark.parametrize(
   ("name", "sign"),
   [("k3", -1), ("straight_through", -1), ("unbiased", -1), ("chi2_minus_kl", 1), ("forward_kl", 1)],
@@ -155,6 +156,7 @@ def test_a_clipped_geometric_mean_takes_nothing_from_other_slopes():
   np.testing.assert_array_equal(jax.grad(loss)(jnp.ones(2), True), [1.25, 1.25])
 
 
+@pytest.mark.quick("packed")
 @pytest.mark.parametrize("segment_ids", [None, np.array([1, 1, 1, 2])], ids=["row", "packed"])
 def test_a_large_penalty_leaves_small_later_ones_their_slope(segment_ids):
   rollout = rollout_of(4, segment_ids=segment_ids)
@@ -167,6 +169,7 @@ def test_a_large_penalty_leaves_small_later_ones_their_slope(segment_ids):
   np.testing.assert_allclose(jax.grad(loss)(jnp.zeros(4)), later, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_sums_of_earlier_tokens_start_anew_in_each_segment():
   rng = np.random.default_rng(0)
   ids = np.cumsum(rng.random((5, 23)) < 0.3, axis=-1)

@@ -77,6 +77,7 @@ def test_ids_may_be_any_integers(kind):
   assert value == objective(log_probs, expected)[0]
 
 
+@pytest.mark.slow
 def test_ids_of_32_bits_in_float64(x64):
   ids = jnp.array([[1, 1, 2, 0]], jnp.int32)
   rollout = gpo.gspo().prepare([[1.0, 0.0]], ids > 0, segment_ids=ids)

@@ -82,6 +82,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick("gspo-pytree")
 @pytest.mark.parametrize(("name", "kind"), [*CASES, ("deepseek_v32", "module")])
 def test_microbatches_and_scans_are_the_whole_batch(name, kind):
   params, of_params = (start(), policy) if kind == "pytree" else make_module()
@@ -110,6 +111,7 @@ def test_terms_that_were_summed_are_caught():
     gpo.summarize(terms, rollout)
 
 
+@pytest.mark.slow
 def test_slices_of_unequal_size_add_up_and_a_mean_of_means_does_not():
   objective, params = PRESETS["deepseek_v32"], start()
   grad_fn = jit(jax.value_and_grad(gpo.as_loss(objective, policy), has_aux=True))
@@ -186,6 +188,7 @@ def test_line_searches_take_the_loss_alone():
   assert np.all(np.diff(losses) < 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_meta_gradients_through_an_update():
   """How the loss after one step depends on the β of that step: autodiff and a difference agree."""

@@ -59,6 +59,7 @@ FORMULAS = {
 }
 
 
+@pytest.mark.quick("top_k", "kl", "jensen_shannon")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_divergence_has_value_and_gradient_of_its_formula(name):

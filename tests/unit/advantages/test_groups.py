@@ -173,6 +173,14 @@ def test_a_reward_that_is_not_finite_makes_nan_of_its_group_unless_left_out(fn, 
         assert jnp.isfinite(value[::2]).all()
 
 
+@pytest.mark.quick(
+  "<lambda>-standardize1",
+  "<lambda>-batch_standardize",
+  "jit-center",
+  "jit-leave_one_out",
+  "jit-pass_at_k",
+  "jit-max_rl",
+)
 @pytest.mark.parametrize("fn", SIMPLE, ids=IDS)
 @pytest.mark.parametrize("compile", [lambda fn: fn, jax.jit])
 def test_a_nan_in_a_large_batch_is_not_overlooked(fn, compile):
@@ -289,6 +297,7 @@ def by_the_others(rewards, where):
   return adv.leave_one_out(rewards, where) / jnp.where(std > 0, std + 1e-6, 1)
 
 
+@pytest.mark.slow
 def test_the_recipe_of_a_standard_deviation_of_the_others(x64):
   worked = by_the_others(jnp.array([[1.0, 2.0, 3.0]]), jnp.ones((1, 3), bool))
   np.testing.assert_allclose(worked, [[-1.5 / (0.5**0.5 + 1e-6), 0, 1.5 / (0.5**0.5 + 1e-6)]])
@@ -305,6 +314,7 @@ def test_the_recipe_of_a_standard_deviation_of_the_others(x64):
   np.testing.assert_allclose(prepared.advantages[0, :, 0], worked[0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_recipe_is_safe_if_the_others_are_equal():
   rewards = jnp.array([[0.1, 0.1, 0.1, 0.1, 0.1, 1.0]])
   found = by_the_others(rewards, jnp.ones((1, 6), bool))
@@ -423,6 +433,7 @@ def expected_gradient(fn, logits, rewards, size):
   return total
 
 
+@pytest.mark.slow
 def test_which_advantages_give_the_policy_gradient(x64):
   logits, rewards = jnp.array([0.3, -0.5, 0.1]), np.array([1.0, 0.2, -2.0])
   truth = np.asarray(jax.grad(lambda x: jax.nn.softmax(x) @ rewards)(logits))
@@ -436,6 +447,7 @@ def test_which_advantages_give_the_policy_gradient(x64):
   assert cosine < 0.999
 
 
+@pytest.mark.slow
 def test_standardized_binary_rewards_optimise_the_arcsine(x64):
   size, success = 400, 0.3
   slope = 0.0

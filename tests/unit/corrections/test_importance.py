@@ -181,6 +181,7 @@ def test_packed_responses_are_rejected_one_by_one():
   np.testing.assert_array_equal(found, [[1, 1, 1, 0, 0, 0]])
 
 
+@pytest.mark.quick("AxisType.Explicit")
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_rows_on_eight_devices(axis_type):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
@@ -319,6 +320,7 @@ def test_verls_seq_mask_tis_is_a_rejection_and_an_untruncated_weight():
 # --- from hidden states --------------------------------------------------------------------------
 
 
+@pytest.mark.quick("sequence_max")
 @pytest.mark.parametrize("level", [levels.token, levels.sequence_max])
 def test_from_hidden_states_the_same_tokens_are_rejected(level, x64):
   """In one pass and in two; without old log-probabilities the policy itself is compared."""

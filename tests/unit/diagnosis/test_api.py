@@ -72,6 +72,7 @@ def test_a_consequence_is_not_another_finding():
   assert "mismatch" in other.diagnose().examined
 
 
+@pytest.mark.quick("None")
 @pytest.mark.parametrize("fault", [None, "old_log_probs", "sampler_log_probs"])
 def test_packed_rows_are_diagnosed_like_their_responses(fault):
   data = batch(prompts=16, samples=4, length=12, drift=0.05, seed=2)

@@ -31,6 +31,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.quick("deepseek_v32", "dppo")
 @pytest.mark.parametrize("name", [*COVERING, "dppo", *OTHERS])
 def test_a_preset_has_the_loss_terms_and_gradients_of_the_full_logits(name):
   objective, rollout = PRESETS[name], near(name)
@@ -112,6 +113,7 @@ def test_a_nan_that_counts_is_loud():
   assert np.isnan(gradients[2]).all()
 
 
+@pytest.mark.quick("both")
 @pytest.mark.parametrize("slope", ["both", "log_probs", "entropy"])
 def test_log_probs_and_entropy_are_differentiable(slope):
   """Alone too: then the other's slope is a symbolic zero."""
@@ -136,6 +138,7 @@ def test_log_probs_and_entropy_are_differentiable(slope):
   assert_same(found, wanted)
 
 
+@pytest.mark.quick("gspo")
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_a_loss_may_be_a_part_of_another_of_tied_embeddings(name):
   def tied(loss, embedding, objective):
@@ -209,6 +212,7 @@ def test_what_makes_logits_is_not_differentiable_and_says_so(name):
     jax.eval_shape(jax.grad(loss), 1.0)
 
 
+@pytest.mark.slow
 def test_a_temperature_or_a_number_of_the_objective_may_change_without_a_new_trace():
   traces = []
 
@@ -242,6 +246,7 @@ def test_outside_of_jit_a_slot_sees_what_it_closes_over_now():
 # --- divergences of whole distributions ----------------------------------------------------------
 
 
+@pytest.mark.quick("20")
 @pytest.mark.parametrize("chunk_size", [1, 20, None])
 def test_a_divergence_is_that_of_the_full_logits(chunk_size):
   reference = linear.draw(7)[:3]

@@ -78,6 +78,7 @@ SCALES = [(0, 0), (-24, 24), (24, -24), (-12, 12), (-24, 30), (20, -14)]
 WIDE = [(-24, 0), (0, -24), (24, 0), (0, 24), (24, 24), (-24, -24)]  # beyond float16's range
 
 
+@pytest.mark.quick("float16-one_pass", "bfloat16-two_passes")
 @pytest.mark.parametrize("kind", OBJECTIVES)
 @pytest.mark.parametrize("dtype", NARROW)
 def test_gradients_keep_their_digits_whatever_the_loss_is_scaled_by(dtype, kind):
@@ -97,6 +98,7 @@ def test_a_cast_before_the_scale_would_lose_them(kind):
     assert np.linalg.norm(x - y) / np.linalg.norm(y) > 100 * jnp.finfo(jnp.float16).eps
 
 
+@pytest.mark.quick("float16")
 @pytest.mark.parametrize("dtype", NARROW)
 def test_so_do_those_of_log_probs_and_entropies(dtype):
   state = data(dtype)
@@ -147,6 +149,7 @@ def test_tokens_of_very_different_slopes_keep_theirs(dtype, chip):
     assert np.linalg.norm(np.asarray(x, np.float64) - y) < eps * np.linalg.norm(y)
 
 
+@pytest.mark.quick("float16")
 @pytest.mark.parametrize("dtype", NARROW)
 def test_so_do_those_of_a_divergence(dtype):
   hidden, unembedding, bias, _ = data(dtype)

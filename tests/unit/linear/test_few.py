@@ -60,6 +60,7 @@ ASKED = {
 }
 
 
+@pytest.mark.quick("several", "of_the_support")
 @pytest.mark.parametrize("name", ASKED)
 def test_values_and_gradients_are_those_of_the_full_logits(name):
   tokens, how, full = ASKED[name]

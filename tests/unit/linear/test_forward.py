@@ -106,6 +106,7 @@ def test_log_probs_near_0_keep_their_digits():
   assert 40 - np.log(np.float32(np.exp(40.0)) + 1 + np.float32(np.e)) > -1e-6  # the usual way: 0
 
 
+@pytest.mark.quick("improbable-cpu-float32", "probable-chip-bfloat16")
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("chip", [False, True], ids=["cpu", "chip"])

@@ -94,6 +94,7 @@ def quick(some):
   return [pytest.param(name, marks=slow(name)) for name in LAYOUTS]
 
 
+@pytest.mark.quick("tokens_and_vocabulary_over_one_axis", "sequence")
 @pytest.mark.parametrize("name", quick(AUTO))
 def test_an_auto_mesh_gives_what_one_device_gives(name):
   sizes, tokens, unembedding = LAYOUTS[name]
@@ -102,6 +103,7 @@ def test_an_auto_mesh_gives_what_one_device_gives(name):
   check(run(*placed(mesh, tokens, unembedding)))
 
 
+@pytest.mark.quick("fsdp_and_vocabulary")
 @pytest.mark.parametrize("name", quick(("data", "fsdp_and_vocabulary", "sequence_and_fsdp")))
 def test_an_explicit_mesh_needs_no_sharding(name):
   sizes, tokens, unembedding = LAYOUTS[name]
@@ -126,6 +128,7 @@ def test_the_mesh_may_be_the_one_in_context():
     both(STATE, TOKENS, rollouts(), sharding=sharding)
 
 
+@pytest.mark.quick("jit")
 @pytest.mark.parametrize("jit", [True, False], ids=["jit", "eager"])
 def test_inside_a_shard_map_of_the_user_s_tokens(jit):
   mesh = mesh_of({"x": 8}, AxisType.Auto)
@@ -149,6 +152,7 @@ def test_inside_a_shard_map_of_the_user_s_tokens(jit):
     assert_same(tuple(x[i] for x in jacobian), gradients, 2e-5)
 
 
+@pytest.mark.slow
 def test_log_probs_on_a_mesh():
   sizes, tokens, unembedding = LAYOUTS["fsdp_and_vocabulary"]
   mesh = mesh_of(sizes, AxisType.Auto)
@@ -195,6 +199,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.quick("fsdp_and_vocabulary-Explicit")
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_several_ids_supports_and_distributions_on_a_mesh(name, kind):
   sizes, tokens, unembedding = LAYOUTS[name]
@@ -212,6 +217,7 @@ def test_several_ids_supports_and_distributions_on_a_mesh(name, kind):
   assert_same(jax.device_get(found), distributions(), 3e-5)
 
 
+@pytest.mark.slow
 def test_distributions_inside_a_shard_map_of_the_user_s_tokens():
   mesh = mesh_of({"x": 8}, AxisType.Auto)
 
@@ -299,6 +305,7 @@ def collectives(text):
   ]
 
 
+@pytest.mark.quick("one_pass-data_and_vocabulary", "two_passes-fsdp_over_hidden")
 @pytest.mark.parametrize("name", ["fsdp_over_hidden", "data_and_vocabulary", "fsdp_and_vocabulary"])
 @pytest.mark.parametrize("kind", OBJECTIVES, ids=["one_pass", "two_passes"])
 def test_devices_tell_each_other_a_few_numbers_per_token_in_the_loop_and_the_unembedding_once(

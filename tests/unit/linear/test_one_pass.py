@@ -120,6 +120,7 @@ HARD = [
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in UNDECLARED if name not in HARD]
 
 
+@pytest.mark.quick("wraps_a_function_of_the_batch", "callable_object", "bound_array")
 @pytest.mark.parametrize("name", [*HARD, *REST])
 def test_its_gradient_is_that_of_the_full_logits(name):
   objective = gpo.grpo().replace(**UNDECLARED[name])
@@ -192,6 +193,7 @@ def test_what_is_declared_has_the_gradient_of_the_full_logits():
     assert_same(found, wanted, 2e-5)
 
 
+@pytest.mark.quick("declared")
 @pytest.mark.parametrize("declared", [False, True], ids=["undeclared", "declared"])
 def test_integers_and_bools_stay_what_they_are(declared):
   seen = []
@@ -228,6 +230,7 @@ KINDS = {
 SMALL = jnp.ones((1, 2, 16, 8)), jnp.ones((64, 8)), jnp.zeros((1, 2, 16), int)
 
 
+@pytest.mark.quick("one_pass", "wraps")
 @pytest.mark.parametrize("kind", KINDS)
 def test_matrix_products(kind):
   """Three in one pass, four in two; one less each for what is frozen, and one for no gradient."""

@@ -55,6 +55,7 @@ def check(tiling, *batch):
   assert_same(found[1], expected[1], 2e-5)
 
 
+@pytest.mark.quick("tiles")
 @pytest.mark.parametrize("name", TILINGS)
 def test_a_tiling_changes_nothing(name):
   check(TILINGS[name])
@@ -69,6 +70,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.quick("one_token_of_one_entry", "chunks_of_two_sizes", "a_last_chunk_and_tile_of_one")
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(name):
   shape, vocabulary, tiling = SHAPES[name]
@@ -124,6 +126,7 @@ def some(active, size, place):
   return mask
 
 
+@pytest.mark.quick("0-sizes0", "717-sizes4", "897-sizes6")
 @pytest.mark.parametrize(
   ("active", "sizes"),
   [
@@ -142,6 +145,7 @@ def test_chunks_are_as_many_as_the_active_tokens_fill_and_the_last_ones_smaller(
   assert chunks_run(some(active, 1024, "scattered"), gpo.Tiling(512)) == sizes
 
 
+@pytest.mark.quick("0-sizes0", "717-sizes4", "513-sizes3")
 @pytest.mark.parametrize(
   ("active", "sizes"),
   [
@@ -173,6 +177,7 @@ def test_active_tokens_come_first_in_order():
   assert (rank[~mask] >= 25).all()
 
 
+@pytest.mark.quick("grpo")
 @pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_memory_is_a_chunk_of_logits_whatever_the_batch(name):
   rows, length, vocabulary, width, chunk_size = 8, 512, 8192, 64, 128

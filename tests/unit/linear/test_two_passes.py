@@ -26,6 +26,7 @@ def wanted(*state):
   return jnp.sum(jnp.where(MASK, outputs.log_probs + 0.1 * outputs.entropy, 0))
 
 
+@pytest.mark.slow
 def test_one_jitted_function_may_be_differentiated_in_one_argument_after_another():
   state, jitted = (HIDDEN, UNEMBEDDING, BIAS), jax.jit(total)
   expected = linear.jit(jax.grad(wanted, (0, 1, 2)))(*state)
@@ -35,6 +36,7 @@ def test_one_jitted_function_may_be_differentiated_in_one_argument_after_another
     assert_same(found, tuple(expected[i] for i in argnums), 2e-5)
 
 
+@pytest.mark.quick("log_probs")
 @pytest.mark.parametrize("entropy", [False, True], ids=["log_probs", "entropy"])
 def test_matrix_products(entropy):
   """Two to differentiate each of hidden states and unembedding; the logits twice."""
@@ -56,6 +58,9 @@ DTYPES = {
 }
 
 
+@pytest.mark.quick(
+  "bfloat16-float32-float32", "float32-bfloat16-bfloat16", "float32-float32-bfloat16"
+)
 @pytest.mark.parametrize("name", DTYPES)
 def test_gradients_have_the_dtypes_of_what_they_belong_to(name):
   dtypes = DTYPES[name]
