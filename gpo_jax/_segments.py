@@ -1,5 +1,9 @@
-"""Sums along the token axis: over rows that hold one response, or several packed side by side."""
+"""Sums along the token axis: over rows that hold one response, or several packed side by side.
 
+Compiled as a whole also where the caller is not: operation by operation they would be compiled too.
+"""
+
+import functools
 from collections.abc import Callable
 
 import jax
@@ -12,6 +16,7 @@ def _starts(segment_ids: jax.Array) -> jax.Array:
   return jnp.concatenate([jnp.ones_like(segment_ids[..., :1], bool), changes], axis=-1)
 
 
+@jax.jit
 def fill(segment_ids: jax.Array, mask: jax.Array) -> jax.Array:
   """Gives each masked token the id of the active token before it: segments stay contiguous.
 
@@ -21,6 +26,7 @@ def fill(segment_ids: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(mask, segment_ids, jax.lax.cummax(active, axis=active.ndim - 1))
 
 
+@jax.jit
 def earlier(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Sums the tokens before each token of its segment.
 
@@ -39,6 +45,7 @@ def earlier(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   return jax.lax.associative_scan(combine, (_starts(segment_ids), x), axis=-1)[1]
 
 
+@jax.jit
 def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Sums each segment (each row without `segment_ids`); every token gets its segment's sum."""
   if segment_ids is None:
@@ -46,6 +53,7 @@ def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   return _of_segments(lambda x, index: jnp.zeros_like(x).at[index].add(x)[index], x, segment_ids)
 
 
+@jax.jit
 def largest(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Finds each segment's largest number, without a derivative; every token gets its segment's."""
   if segment_ids is None:
@@ -65,6 +73,7 @@ def _of_segments(of_row: Callable, x: jax.Array, segment_ids: jax.Array) -> jax.
   return of_row(x, index)
 
 
+@functools.partial(jax.jit, static_argnames="size")
 def present(mask: jax.Array, segment_ids: jax.Array | None, size: int) -> jax.Array:
   """Marks the segments 1 … size (the rows without `segment_ids`) that have an active token."""
   if segment_ids is None:
@@ -83,6 +92,7 @@ def to_tokens(values: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   return jnp.take_along_axis(values, index, axis=-1, mode="fill", fill_value=jnp.nan)
 
 
+@jax.jit
 def count(active: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Counts the segments (the rows without `segment_ids`) that have an active token."""
   some = total(active, segment_ids) > 0

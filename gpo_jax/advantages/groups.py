@@ -27,6 +27,7 @@ def center(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   return deviations(rewards, where, count)
 
 
+@jax.jit
 def _divide_by_std(centered, where, count, ddof, eps) -> jax.Array:
   # In units of the largest deviation neither 1e30 nor 1e-30 leaves float32's range when squared.
   scale = jnp.max(jnp.abs(centered), axis=-1, keepdims=True, where=where, initial=0)

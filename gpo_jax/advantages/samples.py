@@ -19,7 +19,11 @@ def samples(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax
 
 def groups(rewards: jax.Array, where: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Cleans the rewards of groups; also marks and counts the samples that count, 1 at least."""
-  rewards, where = samples(rewards, where)
+  return _of_groups(*samples(rewards, where))
+
+
+@jax.jit
+def _of_groups(rewards: jax.Array, where: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   # By every formula NaN and ±∞ make their whole group NaN. Set explicitly, because XLA's maximum
   # over 4096 numbers on CPU may overlook a NaN.
   bad = jnp.any(~jnp.isfinite(rewards), axis=-1, keepdims=True)
@@ -33,11 +37,13 @@ def highest(rewards: jax.Array, where: jax.Array) -> jax.Array:
   return jnp.max(rewards, axis=-1, keepdims=True, where=where, initial=-jnp.inf)
 
 
+@jax.jit
 def all_equal(rewards: jax.Array, where: jax.Array) -> jax.Array:
   """Tells groups of equal rewards, `[..., 1]`: also those with one sample or none; not NaN."""
   return jnp.all(~where | (rewards == highest(rewards, where)), axis=-1, keepdims=True)
 
 
+@jax.jit
 def deviations(
   rewards: jax.Array, where: jax.Array, count: jax.Array, more: jax.Array | float = 0.0
 ) -> jax.Array:
