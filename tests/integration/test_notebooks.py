@@ -34,6 +34,15 @@ def test_outputs_are_of_one_run_without_errors_warnings_and_paths(path):
 
 
 @each
+def test_the_site_shows_all_of_the_text(path):
+  for cell in json.loads(path.read_text())["cells"]:
+    if cell["cell_type"] == "markdown":
+      text = "".join(cell["source"])
+      assert not re.search(r"^%", text, re.MULTILINE), text  # a comment of MyST's
+      assert not re.search(r"\$[^$]*<[a-z]", re.sub(r"`[^`]*`", "", text)), text  # a tag of HTML
+
+
+@each
 def test_links_between_notebooks_lead_somewhere(path):
   for link in re.findall(r"\]\(([\w/.]+\.ipynb)", path.read_text()):
     assert (path.parent / link).exists(), link
