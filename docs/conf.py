@@ -122,6 +122,8 @@ def link_code(app: Sphinx, doctree: nodes.document) -> None:
     except AttributeError:
       public = False
     inside = isinstance(node.parent, nodes.reference | nodes.title | pending_xref)
+    # There a bare name is another library's option.
+    inside |= app.env.docname == "migrating" and node.astext() == name and "." not in name
     if public and not inside and "=" not in node.astext():
       target = {"refdomain": "py", "reftype": "obj", "reftarget": f"gpo_jax.{name}"}
       node.replace_self(pending_xref("", node.deepcopy(), **target, refexplicit=True))
