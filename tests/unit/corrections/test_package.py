@@ -107,6 +107,18 @@ def test_importance_weights_by_hand():
   np.testing.assert_allclose(value[mask], np.minimum(weight, 9)[mask], rtol=1e-5)
 
 
+def test_limits_of_importance_weights_unless_said():
+  log_w = np.log(np.array([0.49, 0.51, 1.9, 2.1, 4.9, 5.1]))
+  one = jnp.ones(6)
+  rollout = Rollout(
+    advantages=one, mask=one, weights=one, old_log_probs=log_w, sampler_log_probs=0 * log_w
+  )
+  masked = corrections.mask_importance(one, rollout)
+  np.testing.assert_allclose(masked, [0, 0.51, 1.9, 2.1, 4.9, 0], rtol=1e-6)
+  truncated = corrections.truncate_importance(one, rollout)
+  np.testing.assert_allclose(truncated, [0.49, 0.51, 1.9, 2, 2, 2], rtol=1e-6)
+
+
 def test_binary_kl_mask_by_hand():
   rng = np.random.default_rng(0)
   p, mu = rng.uniform(0.01, 0.99, (2, 1, 200))
