@@ -188,6 +188,8 @@ def optimal_baseline(
 def informative(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
   """Marks the samples of groups with something to learn: whose rewards are not all equal.
 
+      max(R) > min(R)
+
   With the mask, groups without drop out of every denominator, as if they had not been sampled:
   `prepare(rewards, mask & informative(rewards)[..., None])`. Without it their tokens count, with
   advantage 0. Dynamic sampling (DAPO) is the former, with more prompts sampled in their place. For

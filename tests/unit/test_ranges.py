@@ -14,6 +14,7 @@ from gpo_jax import (
   _ranges,
   advantages,
   corrections,
+  divergences,
   levels,
   presets,
   surrogates,
@@ -196,3 +197,12 @@ def test_a_wrong_range_in_a_docstring_would_be_seen():
   assert agrees("≥ 0", limits)
   assert agrees("[0, 1)", limits)
   assert not any(agrees(stated, limits) for stated in ("> 0", "≥ 1", "(0, 1)", "[0, 1]"))
+
+
+EVERY = FUNCTIONS | {k: v for k, v in vars(divergences).items() if traits_of(v).ours}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_docstring_has_its_equation_first(name):
+  _, _, body = EVERY[name].__doc__.partition("\n\n")
+  assert body.startswith(" " * 6), body
