@@ -68,7 +68,8 @@ def link_spans(app: Sphinx, what: str, name: str, obj: object, options: object, 
     # The arguments of this name are no links to the module.
     is_name = re.fullmatch(r"(?!advantages$)[A-Za-z_][\w.]*", text)
     joined = before + ("" if re.match(r"[\s(\[{\"'/:-]|$", before) else "\\ ")
-    joined += f"`{text}`" if is_name else f"``{' '.join(text.split())}``"
+    target = re.sub(r"^gpo\.(.+)", r"\g<0> <gpo_jax.\1>", text)
+    joined += f"`{target}`" if is_name else f"``{' '.join(text.split())}``"
     return joined + ("\\ " if re.match(r"\w", after) else "")
 
   text = re.sub(r"(.|^)`([^`]+)`(?=(.|$))", span, "\n".join(lines), flags=re.DOTALL)
