@@ -5,6 +5,7 @@ Compiled as a whole also where the caller is not: operation by operation they wo
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +51,10 @@ def total(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Sums each segment (each row without `segment_ids`); every token gets its segment's sum."""
   if segment_ids is None:
     return jnp.broadcast_to(jnp.sum(x, axis=-1, keepdims=True), x.shape)
-  return _of_segments(lambda x, index: jnp.zeros_like(x).at[index].add(x)[index], x, segment_ids)
+  # A linear function that is its own transpose: JAX finds none through a loop of unknown length.
+  return jax.lax.custom_linear_solve(
+    lambda x: x, x, lambda _, x: _reduce(_SUM, x, segment_ids), symmetric=True
+  )
 
 
 @jax.jit
@@ -58,19 +62,60 @@ def largest(x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
   """Finds each segment's largest number, without a derivative; every token gets its segment's."""
   if segment_ids is None:
     return jnp.broadcast_to(jnp.max(x, axis=-1, keepdims=True), x.shape)
+  return _reduce(_MAX, jax.lax.stop_gradient(x), segment_ids)
 
+
+class _Reduction(NamedTuple):
+  """What it leaves of no number, of many, and of many that are scattered."""
+
+  empty: float
+  reduce: Callable
+  scatter: str
+
+
+_SUM, _MAX = _Reduction(0, jnp.sum, "add"), _Reduction(-jnp.inf, jnp.max, "max")
+
+
+def _reduce(how: _Reduction, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+  """Reduces each segment; scatters are fast on CPUs, and slow on most accelerators."""
+  by_scatter, by_windows = functools.partial(_by_scatter, how), functools.partial(_by_windows, how)
+  return jax.lax.platform_dependent(x, segment_ids, cpu=by_scatter, default=by_windows)
+
+
+def _by_scatter(how: _Reduction, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
   def of_row(x: jax.Array, index: jax.Array) -> jax.Array:
-    return jnp.full_like(x, -jnp.inf).at[index].max(x)[index]
+    return getattr(jnp.full_like(x, how.empty).at[index], how.scatter)(x)[index]
 
-  return _of_segments(of_row, x, segment_ids)
-
-
-def _of_segments(of_row: Callable, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
   # Renumbering a row's segments bounds the index by the row's length, whatever the ids are.
   index = jnp.cumsum(_starts(segment_ids).astype(jnp.int32), axis=-1) - 1
   for _ in range(x.ndim - 1):
     of_row = jax.vmap(of_row)
   return of_row(x, index)
+
+
+_WINDOW = 8  # segments of a row that one pass over the tokens reduces
+
+
+def _by_windows(how: _Reduction, x: jax.Array, segment_ids: jax.Array) -> jax.Array:
+  """Reduces segments of a few neighbouring ids in each pass, from the largest id down."""
+  least = jnp.iinfo(segment_ids.dtype).min
+
+  def window(state: tuple) -> tuple:
+    _, top, values = state
+    bottom = jnp.maximum(top, least + _WINDOW - 1) - (_WINDOW - 1)
+    members = [segment_ids == bottom + i for i in range(_WINDOW)]
+    found = [how.reduce(jnp.where(m, x, how.empty), axis=-1, keepdims=True) for m in members]
+    # One pass to reduce, one to spread: a TPU's compiler would make it one each per segment.
+    for m, value in zip(members, jax.lax.optimization_barrier(found), strict=True):
+      values = jnp.where(m, value, values)
+    below = segment_ids < bottom
+    return jnp.any(below), jnp.max(jnp.where(below, segment_ids, least)), values
+
+  top = jnp.max(segment_ids, initial=least)
+  ahead = segment_ids <= top  # all: what varies over devices must do so from the start
+  state = jnp.any(ahead), top, jnp.where(ahead, 0, x)
+  with jax.named_scope("windows"):
+    return jax.lax.while_loop(lambda state: state[0], window, state)[2]
 
 
 @functools.partial(jax.jit, static_argnames="size")

@@ -359,12 +359,16 @@ def evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple[
 
 
 def _recomputed(function: Callable, slots: Objective) -> Callable:
-  """Recomputes a token's slope in the backward pass: cheaper than storing what it needs.
+  """Recomputes a token's slope in the backward pass on CPUs: cheaper than storing what it needs.
 
-  A new function in each call: for one that it knows, JAX would use the trace of an earlier call,
-  and with it what the slots closed over then.
+  Compilers for accelerators fuse both passes, if nothing keeps them apart. A new function in each
+  call: for one that it knows, JAX would use the trace of an earlier call, and with it what the
+  slots closed over then.
   """
-  return jax.checkpoint(lambda log_probs, rollout: function(slots, log_probs, rollout))
+  plain = lambda log_probs, rollout: function(slots, log_probs, rollout)  # noqa: E731
+  return lambda log_probs, rollout: jax.lax.platform_dependent(
+    log_probs, rollout, cpu=jax.checkpoint(plain), default=plain
+  )
 
 
 def enter(
