@@ -1,8 +1,9 @@
 """`python -m benchmarks.chips`: what compilers make of a step for chips that are not here.
 
-For TPUs it gives the compiler's own estimate of cycles, loops by their trips, as a multiple of the
-three matrix products on one chip; memory; and every collective, its size and how often it runs. It
-needs `jax[tpu]` in its environment, and one process at a time. Writes CHIPS.md and chips.json.
+From hidden states it gives the compiler's own estimate of cycles, loops by their trips, as a
+multiple of the three matrix products on one chip; memory; and every collective, its size and how
+often it runs. From log-probabilities, the bytes through main memory. It needs `jax[tpu]` in its
+environment, and one process at a time. Writes CHIPS.md and chips.json.
 """
 
 import argparse
@@ -155,6 +156,64 @@ class Step:
     }
 
 
+class LogProbs:
+  """Compiles losses with their gradients from log-probabilities, for one chip.
+
+  512 rows of 2048 tokens, float32. Packed, a row holds so few responses that one pass of
+  `_segments` sums them.
+  """
+
+  shape = (64, 8, 2048)
+
+  def __init__(self, kind: str):
+    mesh = Mesh(np.array(topology(kind, 1).devices), ("data",))
+    self._like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+
+  def report(self, name: str, packed: bool = False, metrics: bool = False) -> dict:
+    """Reports on a preset: main memory's traffic, beside arguments and results, and cycles."""
+    objective = gpo.preset(name)
+
+    def loss(log_probs: jax.Array, rollout: gpo.Rollout) -> Any:
+      value, terms = objective(log_probs, rollout)
+      return (value, gpo.summarize(terms, rollout)) if metrics else value
+
+    arguments = jax.tree.map(self._like, jax.eval_shape(lambda: self._arrays(objective, packed)))
+    step = jax.jit(jax.value_and_grad(loss, has_aux=metrics))
+    compiled = step.lower(*arguments).compile()
+    program, memory = hlo.Program(compiled.as_text(), {"windows": 1}), compiled.memory_analysis()
+    return {
+      "traffic": program.traffic(),
+      "floor": memory.argument_size_in_bytes + memory.output_size_in_bytes,
+      "cycles": program.cycles(),
+      "temporary": memory.temp_size_in_bytes,
+    }
+
+  def _arrays(self, objective: gpo.Objective, packed: bool) -> tuple[jax.Array, gpo.Rollout]:
+    rows, zeros = self.shape[:2], jnp.zeros(self.shape)
+    ids = jnp.ones(self.shape, jnp.int32) if packed else None
+    rewards = jnp.ones((*rows, 4)) if packed else jnp.ones(rows)
+    ref = None if objective.divergence is None else zeros
+    mask = zeros == 0
+    rollout = objective.prepare(rewards, mask, zeros, ref_log_probs=ref, segment_ids=ids)
+    return zeros, rollout
+
+
+def from_log_probs(kind: str) -> list[dict]:
+  """Reports on losses from log-probabilities, plain, with metrics, and of packed rows."""
+  step, rows = LogProbs(kind), []
+  for name in ("grpo", "dapo", "gspo"):
+    plain = step.report(name)
+    found = {name: plain}
+    found[f"{name}, metrics"] = step.report(name, metrics=True)
+    found[f"{name}, packed"] = step.report(name, packed=True)
+    for label, x in found.items():
+      ratios = {f"{key}_ratio": x[key] / plain[key] for key in ("traffic", "cycles")}
+      rows.append(
+        {"chip": kind, "name": label, "of_floor": x["traffic"] / x["floor"], **ratios, **x}
+      )
+  return rows
+
+
 def vocabulary_parts(layout: Layout) -> int:
   """Counts the parts of the vocabulary that chips keep to themselves."""
   of_tokens = {axis for entry in layout.tokens for axis in axis_names_of(entry)}
@@ -192,16 +251,16 @@ def meshes(kind: str, count: int, size: Size, unit: float) -> list[dict]:
   return rows
 
 
-def reports(kind: str, counts: list[int], size: Size) -> list[dict]:
+def reports(kind: str, counts: list[int], size: Size) -> dict[str, list[dict]]:
   """Reports on one chip of a kind, and on meshes of so many."""
   jax.config.update("jax_platforms", "cpu")
   rows = one_chip(kind, size)
   for count in counts:
     rows += meshes(kind, count, size, rows[0]["cycles"])
-  return rows
+  return {"hidden_states": rows, "log_probs": from_log_probs(kind)}
 
 
-def markdown(rows: list[dict], size: Size) -> str:
+def markdown(found: dict[str, list[dict]], size: Size) -> str:
   """Lays out CHIPS.md."""
   lines = [
     "# Compiled for TPUs",
@@ -215,6 +274,7 @@ def markdown(rows: list[dict], size: Size) -> str:
     "## One chip",
     "",
   ]
+  rows = found["hidden_states"]
   head = ["chip", "loss and gradients", "× three products", "temporary GB"]
   alone = [x for x in rows if x["chips"] == 1]
   lines += [report.table(head, [_cells(x) for x in alone]), ""]
@@ -223,6 +283,19 @@ def markdown(rows: list[dict], size: Size) -> str:
     head = ["chips", "linear_loss, dapo", *head[2:], "collectives, per step and chip"]
     cells = [[*_cells(x), _collectives(x["collectives"])] for x in together]
     lines += ["## Many chips", "", report.table(head, cells), ""]
+  lines += [
+    "## From log-probabilities",
+    "",
+    "512 rows of 2,048 tokens, float32; packed, a row holds at most 8 responses. Bytes from and to "
+    "main memory, as a multiple of the arguments read once and the results written once.",
+    "",
+  ]
+  head = ["chip", "loss and gradient", "× floor", "bytes, × unpacked, without metrics", "cycles, ×"]
+  cells = [
+    [x["chip"], x["name"], *(f"{x[k]:.2f}" for k in ("of_floor", "traffic_ratio", "cycles_ratio"))]
+    for x in found["log_probs"]
+  ]
+  lines += [report.table(head, cells), ""]
   return "\n".join(lines)
 
 
@@ -250,16 +323,17 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
-  rows: list[dict] = []
+  found: dict[str, list[dict]] = {"hidden_states": [], "log_probs": []}
   for kind in args.chips:
     # TPUs' library knows one kind of machine per process.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as process:
       counts = args.counts if kind == args.chips[0] else []
-      rows += process.submit(reports, kind, counts, Size()).result()
-    (args.out / "chips.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / "CHIPS.md").write_text(markdown(rows, Size()))
-  print(markdown(rows, Size()))
+      for part, rows in process.submit(reports, kind, counts, Size()).result().items():
+        found[part] += rows
+    (args.out / "chips.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "CHIPS.md").write_text(markdown(found, Size()))
+  print(markdown(found, Size()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ _COLLECTIVE = re.compile(
 )
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<rest>.*)")
 _HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?")
+_STILL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "custom-call", "call",
+          "while", "conditional", "after-all"}  # fmt: skip
 _CALLED = re.compile(r"(?:calls|to_apply|branch_computations|called_computations)=\{?([^\s}]+)")
 
 
@@ -128,6 +131,27 @@ class Program:
   def cycles(self) -> int:
     """Sums the compiler's estimates, loops by their trips. Collectives have none."""
     return sum(x.cycles * count for x, count, _ in self.instructions())
+
+  def traffic(self) -> int:
+    """Sums the bytes read from and written to main memory, loops by their trips.
+
+    An operand is read whole, once per instruction. What a TPU's compiler keeps in the chip's own
+    memory, `S(1)` in a layout, does not count, nor do custom calls.
+    """
+    shapes = {x.name: x.shape for body in self._computations.values() for x in body}
+    total = 0
+    for x, count, _ in self.instructions():
+      if x.opcode.endswith("-start"):  # what it copies has two ends
+        ends = _ARRAY.findall(x.shape)[:2]
+        moved = min(map(size, ends)) * sum("S(" not in end for end in ends)
+      elif x.opcode in _STILL or x.opcode.endswith("-done"):
+        moved = 0
+      else:
+        names = dict.fromkeys(re.findall(r"%([\w.-]+)", x.rest.partition(")")[0]))
+        arrays = _ARRAY.findall(" ".join([x.shape, *(shapes[name] for name in names)]))
+        moved = sum(size(array) for array in arrays if "S(" not in array)
+      total += moved * count
+    return total
 
   def collectives(self) -> list[Collective]:
     """Lists collectives, alike ones together, the largest first."""

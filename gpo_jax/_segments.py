@@ -112,8 +112,8 @@ def _by_windows(how: _Reduction, x: jax.Array, segment_ids: jax.Array) -> jax.Ar
     return jnp.any(below), jnp.max(jnp.where(below, segment_ids, least)), values
 
   top = jnp.max(segment_ids, initial=least)
-  ahead = segment_ids <= top  # all: what varies over devices must do so from the start
-  state = jnp.any(ahead), top, jnp.where(ahead, 0, x)
+  # True and zeros; what varies over devices must do so from the start.
+  state = top == top, top, jnp.where(segment_ids <= top, 0, x)
   with jax.named_scope("windows"):
     return jax.lax.while_loop(lambda state: state[0], window, state)[2]
 

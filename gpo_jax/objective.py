@@ -141,8 +141,8 @@ class Objective:
       ref_log_probs: log π_ref, `[..., G, T]`; a divergence needs it.
       sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; corrections need it.
       segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is not
-        checked, and anything at masked tokens. An id that came back after another would be one
-        response to advantages and two to weights and levels.
+        checked, and anything at masked tokens. An id that comes back after another is not
+        one response everywhere.
       group_ids: the prompt of each reward, integers of rewards' shape, for groups that are not the
         last axis: without it the segments of a packed row are one group.
 

@@ -49,3 +49,17 @@ def test_a_chip_of_eight_costs_what_one_does(name):
   assert found["cycles"] * chips.vocabulary_parts(layout) < 1.05 * one_chip("dapo")["cycles"]
   for x in found["collectives"]:
     assert x["bytes"] <= LARGE or (x["trips"] == 1 and not x["in_loop"])
+
+
+# Bytes through main memory, as a multiple of the arguments and the results.
+REACHED = {"grpo": 1.15, "dapo": 1.15, "gspo": 2.2}
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_a_loss_from_log_probabilities_moves_little_more_than_it_must(name):
+  step = chips.LogProbs(KIND)
+  plain, metrics = step.report(name), step.report(name, metrics=True)
+  packed = step.report(name, packed=True)
+  assert plain["traffic"] < REACHED[name] * plain["floor"]
+  assert metrics["traffic"] < 2.2 * metrics["floor"]
+  assert packed["traffic"] < 2 * plain["traffic"]

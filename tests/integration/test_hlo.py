@@ -72,6 +72,25 @@ def test_cycles_are_summed_by_trips():
   assert hlo.Program(CYCLES, {"chunks": 3}).cycles() == 307
 
 
+TRAFFIC = """
+ENTRY %main (a: f32[1024], b: f32[8]) -> f32[1024] {
+  %a = f32[1024]{0:T(1024)} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %s = ((f32[1024]{0:T(1024)}), f32[256]{0:T(256)S(1)}, s32[]{:S(2)}) slice-start(%a)
+  %c = (f32[8]{0:T(128)S(1)}, f32[8]{0}, u32[]{:S(2)}) copy-start(%b)
+  %t = f32[256]{0:T(256)S(1)} slice-done(%s)
+  %d = f32[8]{0:T(128)S(1)} copy-done(%c)
+  %f = (f32[1024]{0:T(1024)}, f32[64]{0:T(64)S(1)}) fusion(%a, %a, /*index=2*/%t, %d)
+  ROOT %r = f32[1024]{0:T(1024)} get-tuple-element(%f), index=0
+}
+"""
+
+
+def test_traffic_is_what_passes_through_main_memory():
+  copied, read, written = 4 * 256 + 4 * 8, 4 * 1024, 4 * 1024
+  assert hlo.Program(TRAFFIC).traffic() == copied + read + written
+
+
 def test_collectives_in_and_out_of_loops():
   mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
 

@@ -43,6 +43,26 @@ def test_ids_may_be_any_that_differ():
   np.testing.assert_array_equal(_segments.total(X, 2**30 - IDS), _segments.total(X, IDS))
 
 
+LEAST, MOST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+MANY = {
+  "fewer_than_a_window": IDS,
+  "more_than_a_window": 1 + np.arange(60).reshape(2, 30) // [[1], [2]],
+  "far_apart": np.array([[LEAST, LEAST, -7, 0, 1, MOST], [3, 8, 8, 2000, MOST - 1, MOST]]),
+}
+
+
+@pytest.mark.parametrize("ids", MANY.values(), ids=MANY)
+@pytest.mark.parametrize("how", [_segments._SUM, _segments._MAX], ids=["sum", "max"])
+def test_accelerators_reduce_as_cpus_do(how, ids):
+  """Bit for bit, and the NaN of one response stays its own."""
+  x = np.random.default_rng(2).integers(-8, 9, ids.shape).astype(np.float32)
+  x[0, 1] = np.nan
+  by_windows = jax.jit(_segments._by_windows, static_argnums=0)(how, x, ids.astype(np.int32))
+  np.testing.assert_array_equal(by_windows, _segments._by_scatter(how, x, ids.astype(np.int32)))
+  np.testing.assert_array_equal(np.isnan(by_windows)[0], ids[0] == ids[0, 1])
+  assert not np.isnan(by_windows)[1].any()
+
+
 def test_a_total_has_the_gradient_of_a_sum():
   slopes = np.random.default_rng(1).integers(-8, 9, IDS.shape).astype(np.float32)
   _, pull = jax.vjp(lambda x: _segments.total(x, jnp.asarray(IDS)), jnp.asarray(X))
