@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 SHARED = -n $(JOBS) --dist worksteal
 
-.PHONY: help setup demo test test-fast test-all test-skyrl test-easydel test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks docs readme build clean
+.PHONY: help setup demo test test-fast test-all test-skyrl test-easydel test-lowest lint types bench bench-peers bench-device bench-chips test-chips notebooks notebook-pod docs readme build clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -113,7 +113,7 @@ bench-device: setup  ## Parity and times on this accelerator, beside torch and L
 .venv-chips/.complete: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-chips
 	.venv-chips/bin/python -m pip install --quiet --upgrade "pip>=24"
-	.venv-chips/bin/python -m pip install --quiet --editable ".[dev,tpu]"
+	.venv-chips/bin/python -m pip install --quiet --editable ".[dev,notebooks,tpu]"
 	@touch $@
 
 bench-chips: .venv-chips/.complete  ## Compile steps for TPUs that are not here, and weigh them; 20 minutes
@@ -123,7 +123,10 @@ test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs
 	JAX_PLATFORMS=cpu .venv-chips/bin/python -m pytest tests/chips $(ARGS)
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
-	$(BIN)/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(BIN)/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False $(filter-out notebooks/06_pod.ipynb,$(wildcard notebooks/*.ipynb))
+
+notebook-pod: .venv-chips/.complete  ## Execute the notebook that compiles for a pod, 10 minutes
+	.venv-chips/bin/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/06_pod.ipynb
 
 docs: $(VENV)/.docs  ## Build the documentation, docs/_build/html/index.html; warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
