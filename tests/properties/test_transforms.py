@@ -139,7 +139,7 @@ def test_uncompiled(entry):
       assert_same(call(at(0, pair)), at(0, right(entry)))
 
 
-@pytest.mark.quick("linear_token_log_probs", "prepare", "token_log_probs", "specification")
+@pytest.mark.quick("linear_token_log_probs", "prepare", "token_log_probs")
 @ENTRY
 def test_nothing_leaks_and_compiled_code_transfers_nothing(entry):
   call, pair = case(entry)
