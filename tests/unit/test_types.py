@@ -54,3 +54,10 @@ def test_a_level_of_ones_own_is_three_lines():
 def test_a_rollout_takes_keywords_only():
   with pytest.raises(TypeError, match="positional"):
     gpo.Rollout(1.0, jnp.ones(2), jnp.ones(2))
+
+
+def test_a_rollout_is_made_by_keywords_and_not_changed():
+  with pytest.raises(TypeError, match="positional"):
+    gpo.Rollout(0.0, np.ones((1, 2)), np.ones((1, 2)))
+  with pytest.raises(AttributeError):
+    packed().advantages = 1.0
