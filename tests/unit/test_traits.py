@@ -12,7 +12,7 @@ import pytest
 from jax.tree_util import Partial
 
 import gpo_jax as gpo
-from gpo_jax import levels, surrogates
+from gpo_jax import corrections, divergences, levels, surrogates
 from gpo_jax.linear import one_pass
 from gpo_jax.traits import traits_of
 
@@ -119,3 +119,23 @@ def test_numbers_and_arrays_of_a_partial_in_a_partial_are_seen():
 
   hidden = Partial(Partial(table, scale=jnp.ones(3)), shift=1.0)
   assert not one_pass.is_enough(gpo.dapo().replace(surrogate=hidden))
+
+
+def test_all_functions_of_tokens_are_declared_so():
+  coupled = {
+    levels: {"clipped_sequence", "sequence", "sequence_max", "sequence_product", "sequence_token"},
+    divergences: {"sequence_exact", "sequence_k3", "sequence_unbiased"},
+    corrections: {
+      "covariance_mask",
+      "entropy_mask",
+      "off_policy_sequence_mask",
+      "topr",
+      "vespo",
+    },
+    surrogates: set(),
+  }
+  for module, names in coupled.items():
+    ours = {name: traits_of(value) for name, value in vars(module).items()}
+    ours = {name: traits.tokenwise for name, traits in ours.items() if traits.ours}
+    assert {name for name, tokenwise in ours.items() if not tokenwise} == names
+    assert len(ours) > len(names)

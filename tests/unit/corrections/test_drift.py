@@ -99,3 +99,11 @@ def test_clipped_sequence_with_a_limit_for_each_side(x64):
   )(log_ratio)
   free = np.where(a > 0, log_ratio < 0.4, log_ratio > -0.1) & mask
   np.testing.assert_allclose(gradient, free * 1.0, rtol=1e-12)
+
+
+def test_a_drift_at_the_limit_is_kept():
+  one, bad = jnp.ones((1, 4)), -jnp.ones((1, 1))
+  for drift, kept in ((0.5, 1), (0.5625, 0)):
+    rollout = gpo.Rollout(advantages=bad, mask=one, weights=one, old_log_probs=-one)
+    found = corrections.off_policy_sequence_mask(-one - drift, rollout, threshold=0.5)
+    np.testing.assert_array_equal(found, kept * one)
