@@ -139,3 +139,9 @@ def test_all_functions_of_tokens_are_declared_so():
     ours = {name: traits.tokenwise for name, traits in ours.items() if traits.ours}
     assert {name for name, tokenwise in ours.items() if not tokenwise} == names
     assert len(ours) > len(names)
+
+
+def test_all_divergences_of_the_package_read_the_reference():
+  ours = [x for x in map(traits_of, vars(divergences).values()) if x.ours]
+  assert len(ours) > 10
+  assert all(traits.needs_reference for traits in ours)

@@ -107,6 +107,16 @@ def test_importance_weights_by_hand():
   np.testing.assert_allclose(value[mask], np.minimum(weight, 9)[mask], rtol=1e-5)
 
 
+def test_an_advantage_of_0_is_not_a_bad_one():
+  """A ≥ 0 has the settings of good responses: the factor is logged, though it multiplies 0."""
+  one, old = jnp.ones((3, 2)), jnp.full((3, 2), -1.0)
+  signs = jnp.array([[1.0], [0.0], [-1.0]])
+  rollout = Rollout(advantages=signs, mask=one, weights=one, old_log_probs=old)
+  for correction in (corrections.vespo, corrections.topr):
+    good, neither, bad = correction(old - 0.5, rollout)[:, 0]
+    assert good == neither != bad
+
+
 def test_limits_of_importance_weights_unless_said():
   log_w = np.log(np.array([0.49, 0.51, 1.9, 2.1, 4.9, 5.1]))
   one = jnp.ones(6)
