@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
+from gpo_jax._inputs import as_size
 
 MASK = np.ones((1, 2, 3), bool)
 REWARDS = np.array([[1.0, 0.0]], np.float32)
@@ -89,3 +90,10 @@ def test_a_mask_is_bools_or_0_and_1(case):
 def test_a_traced_mask_is_taken_as_it_is():
   weights = jax.jit(gpo.weightings.token_sum)(jnp.array([[0.5, 0.0, -1.0]]))
   np.testing.assert_array_equal(weights, [[1, 0, 1]])
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.0, True, None])
+def test_a_size_is_an_integer_of_at_least_1(size):
+  assert as_size("chunk_size", 1) == 1
+  with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1; got "):
+    as_size("chunk_size", size)
