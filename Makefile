@@ -123,10 +123,10 @@ test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs
 	JAX_PLATFORMS=cpu .venv-chips/bin/python -m pytest tests/chips $(ARGS)
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
-	$(BIN)/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False $(filter-out notebooks/06_pod.ipynb,$(wildcard notebooks/*.ipynb))
+	$(BIN)/python -m nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False $(filter-out notebooks/06_pod.ipynb,$(wildcard notebooks/*.ipynb))
 
 notebook-pod: .venv-chips/.complete  ## Execute the notebook that compiles for a pod, 10 minutes
-	.venv-chips/bin/jupyter nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/06_pod.ipynb
+	.venv-chips/bin/python -m nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/06_pod.ipynb
 
 docs: $(VENV)/.docs  ## Build the documentation, docs/_build/html/index.html; warnings are errors
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
