@@ -432,8 +432,7 @@ def gpg() -> Objective:
 def max_rl() -> Objective:
   """MaxRL: advantages divided by the group's success rate, towards maximum likelihood of success.
 
-  Rare successes count for more. Choose it on-policy with 0/1
-  rewards and many samples per prompt.
+  Rare successes count for more. Choose it on-policy with 0/1 rewards and many samples per prompt.
 
   Reference: MaxRL (2026), arXiv:2602.02710.
   """
