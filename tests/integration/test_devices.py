@@ -81,7 +81,6 @@ PARAMETERS = {
   },
   "vocabulary_parallel": {"embedding": P(), "mix": P(), "unembedding": P("model")},
 }  # fmt: skip
-slow = pytest.mark.slow
 
 
 @pytest.mark.quick("vocabulary_parallel-gspo-linear")
@@ -91,11 +90,11 @@ slow = pytest.mark.slow
     ("replicated", "gspo", "logits"),
     ("fully_sharded", "grpo", "linear"),
     ("vocabulary_parallel", "gspo", "linear"),
-    pytest.param("replicated", "grpo", "linear", marks=slow),
-    pytest.param("fully_sharded", "gspo", "logits", marks=slow),
-    pytest.param("fully_sharded", "gspo", "linear", marks=slow),
-    pytest.param("vocabulary_parallel", "grpo", "linear", marks=slow),
-    pytest.param("vocabulary_parallel", "grpo", "linear_unsaid", marks=slow),
+    ("replicated", "grpo", "linear"),
+    ("fully_sharded", "gspo", "logits"),
+    ("fully_sharded", "gspo", "linear"),
+    ("vocabulary_parallel", "grpo", "linear"),
+    ("vocabulary_parallel", "grpo", "linear_unsaid"),
   ],
 )
 def test_training_on_a_mesh_is_training_on_one_device(layout, name, path):
@@ -111,7 +110,8 @@ def test_training_on_a_mesh_is_training_on_one_device(layout, name, path):
   assert_same_training(train(params, *data, loss_fn), name)
 
 
-@pytest.mark.parametrize("name", ["grpo", pytest.param("gspo", marks=slow)])
+@pytest.mark.quick("grpo")
+@pytest.mark.parametrize("name", ["grpo", "gspo"])
 def test_training_on_an_explicit_mesh_is_training_on_one_device(name):
   objective = PRESETS[name]
   with jax.set_mesh(mesh_of(EXPLICIT)):
@@ -120,7 +120,8 @@ def test_training_on_an_explicit_mesh_is_training_on_one_device(name):
     assert_same_training(train(params, *data, linear_loss(objective, spec=P("data"))), name)
 
 
-@pytest.mark.parametrize("name", ["gspo", pytest.param("grpo", marks=slow)])
+@pytest.mark.quick("gspo")
+@pytest.mark.parametrize("name", ["gspo", "grpo"])
 def test_training_under_shard_map_is_training_on_one_device(name):
   objective = PRESETS[name]
   loss_fn = gpo.as_loss(objective, policy, has_aux=False)
@@ -147,14 +148,14 @@ def prepared_on_devices(data, objective):
   return jax.value_and_grad(lambda x: objective(x, rollout)[0])(data["log_probs"])
 
 
-FAST = {("gspo", AUTO), ("deepseek_v32", EXPLICIT), ("vespo", EXPLICIT)}
 ON_MESHES = [
-  pytest.param(name, kind, marks=() if (name, kind) in FAST else slow, id=f"{name}-{kind.name}")
+  pytest.param(name, kind, id=f"{name}-{kind.name}")
   for name in PRESETS
   for kind in (AUTO, EXPLICIT)
 ]
 
 
+@pytest.mark.quick("gspo-Auto", "deepseek_v32-Explicit", "vespo-Explicit")
 @pytest.mark.parametrize(("name", "axis_type"), ON_MESHES)
 def test_a_batch_is_prepared_and_evaluated_alike(name, axis_type):
   objective = PRESETS[name]
@@ -195,9 +196,7 @@ def loss_and_metrics(objective, log_probs, rollout):
 
 @pytest.mark.quick("gspo-explicit")
 @EACH_AXIS_TYPE
-@pytest.mark.parametrize(
-  "name", ["gspo", *(pytest.param(name, marks=slow) for name in ("gmpo", "vespo", "r1"))]
-)
+@pytest.mark.parametrize("name", ["gspo", "gmpo", "vespo", "r1"])
 def test_packed_rows_and_metrics(axis_type, name):
   objective = PRESETS[name]
   packed, _ = pack(batch(prompts=8, length=5, seed=5), rows=8)
@@ -212,8 +211,8 @@ def test_packed_rows_and_metrics(axis_type, name):
 
 @pytest.mark.quick("packed-all-explicit")
 @EACH_AXIS_TYPE
-@pytest.mark.parametrize("sharded", [pytest.param("mask", marks=slow), "all"])
-@pytest.mark.parametrize("packed", [pytest.param(False, marks=slow), True], ids=["rows", "packed"])
+@pytest.mark.parametrize("sharded", ["mask", "all"])
+@pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_uneven_groups(axis_type, sharded, packed):
   objective = gpo.gspo()
   ids = np.tile([1, 1, 2, 3, 0], (8, 1))

@@ -37,13 +37,8 @@ def finish(process, timeout=300):
   return output
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=() if name == "with_flax_nnx" else pytest.mark.slow)
-    for name in FRAMEWORKS
-  ],
-)
+@pytest.mark.quick("with_flax_nnx")
+@pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_policy_of_every_framework_learns(name):
   pytest.importorskip(FRAMEWORKS[name])
   before, after = (float(x) for x in finish(launch(name)).split()[1::2])

@@ -164,7 +164,7 @@ def wide(entry, request):
   "linear_loss-float64", "prepare-float64", "objective-float64", "surrogates-float64"
 )
 @pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 @ENTRY
 def test_float64_is_kept_and_float32_works_beside_it(entry, dtype):
   call, pair = case(entry)

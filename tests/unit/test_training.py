@@ -76,14 +76,11 @@ def in_slices(grad_fn, params, rollout, tokens, size=2):
   }
 
 
-FAST = ("gspo", "deepseek_v32")
-CASES = [
-  pytest.param(name, "pytree", marks=() if name in FAST else pytest.mark.slow) for name in COVERING
-]
+CASES = [*((name, "pytree") for name in COVERING), ("deepseek_v32", "module")]
 
 
 @pytest.mark.quick("gspo-pytree")
-@pytest.mark.parametrize(("name", "kind"), [*CASES, ("deepseek_v32", "module")])
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_microbatches_and_scans_are_the_whole_batch(name, kind):
   params, of_params = (start(), policy) if kind == "pytree" else make_module()
   objective = PRESETS[name]

@@ -9,7 +9,7 @@ import pytest
 
 import gpo_jax as gpo
 from tests.support import linear
-from tests.support.batches import COVERING, PRESETS
+from tests.support.batches import PRESETS
 from tests.support.linear import (
   BIAS,
   HIDDEN,
@@ -26,13 +26,10 @@ from tests.support.linear import (
 
 SOME = gpo.Tiling(50, 20)
 run = step(from_hidden, tiling=SOME)
-OTHERS = [
-  pytest.param(name, marks=pytest.mark.slow) for name in PRESETS if name not in (*COVERING, "dppo")
-]
 
 
 @pytest.mark.quick("deepseek_v32", "dppo")
-@pytest.mark.parametrize("name", [*COVERING, "dppo", *OTHERS])
+@pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_loss_terms_and_gradients_of_the_full_logits(name):
   objective, rollout = PRESETS[name], near(name)
   found = run(objective, HIDDEN, UNEMBEDDING, BIAS, rollout, TOKENS)

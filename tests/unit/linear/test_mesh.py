@@ -84,18 +84,8 @@ def check(found):
     assert_same(jax.device_get(gradients), jax.device_get(wanted_gradients), 2e-5)
 
 
-# The others are met below: on an explicit mesh, on the mesh in context.
-AUTO = ("fsdp_over_hidden", "fsdp_over_vocabulary", "vocabulary", "sequence", "hidden_over_both")
-AUTO += ("tokens_and_vocabulary_over_one_axis",)
-
-
-def quick(some):
-  slow = lambda name: () if name in some else pytest.mark.slow
-  return [pytest.param(name, marks=slow(name)) for name in LAYOUTS]
-
-
 @pytest.mark.quick("tokens_and_vocabulary_over_one_axis", "sequence")
-@pytest.mark.parametrize("name", quick(AUTO))
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_an_auto_mesh_gives_what_one_device_gives(name):
   sizes, tokens, unembedding = LAYOUTS[name]
   mesh = mesh_of(sizes, AxisType.Auto)
@@ -104,7 +94,7 @@ def test_an_auto_mesh_gives_what_one_device_gives(name):
 
 
 @pytest.mark.quick("fsdp_and_vocabulary")
-@pytest.mark.parametrize("name", quick(("data", "fsdp_and_vocabulary", "sequence_and_fsdp")))
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_an_explicit_mesh_needs_no_sharding(name):
   sizes, tokens, unembedding = LAYOUTS[name]
   mesh = mesh_of(sizes, AxisType.Explicit)
@@ -192,10 +182,9 @@ def distributions():
 
 
 KINDS = [
-  pytest.param(name, kind, marks=[] if quick else pytest.mark.slow, id=f"{name}-{kind.name}")
+  pytest.param(name, kind, id=f"{name}-{kind.name}")
   for name in LAYOUTS
   for kind in (AxisType.Auto, AxisType.Explicit)
-  for quick in [name == "fsdp_and_vocabulary"]
 ]
 
 

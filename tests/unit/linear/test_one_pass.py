@@ -106,22 +106,9 @@ def test_what_is_not_declared_takes_two_passes(name):
   assert not is_enough(gpo.grpo().replace(**UNDECLARED[name]))
 
 
-# Each kind's gradient depends on other tokens: one pass would be wrong.
-HARD = [
-  "wraps_a_function_of_the_batch",
-  "wraps_a_function_of_neighbours",
-  "forged_module",
-  "callable_object",
-  "closes_over_an_array",
-  "bound_array",
-  "divergence",
-  "level_of_a_correction",
-]
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in UNDECLARED if name not in HARD]
-
-
+# Of these the gradient depends on other tokens: one pass would be wrong.
 @pytest.mark.quick("wraps_a_function_of_the_batch", "callable_object", "bound_array")
-@pytest.mark.parametrize("name", [*HARD, *REST])
+@pytest.mark.parametrize("name", UNDECLARED)
 def test_its_gradient_is_that_of_the_full_logits(name):
   objective = gpo.grpo().replace(**UNDECLARED[name])
   arguments = (objective, HIDDEN, UNEMBEDDING, BIAS, near("grpo"))
