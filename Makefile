@@ -109,17 +109,19 @@ bench-peers:  ## Make the environment of other packages, which `make bench` then
 bench-device: setup  ## Parity and times on this accelerator, beside torch and Liger if installed
 	$(BIN)/python -m benchmarks.device $(ARGS)
 
-# Its own environment: where TPUs' library is installed, JAX looks for TPUs.
+# Its own environment: where TPUs' library is installed, JAX looks for TPUs. To compile for a GPU the
+# plugin and its assembler are enough.
 .venv-chips/.complete: pyproject.toml
 	$(PYTHON) -m venv --clear .venv-chips
 	.venv-chips/bin/python -m pip install --quiet --upgrade "pip>=24"
-	.venv-chips/bin/python -m pip install --quiet --editable ".[dev,notebooks,tpu]"
+	.venv-chips/bin/python -m pip install --quiet --editable ".[dev,notebooks,tpu]" \
+	  jax-cuda12-plugin nvidia-cuda-nvcc-cu12
 	@touch $@
 
-bench-chips: .venv-chips/.complete  ## Compile steps for TPUs that are not here, and weigh them; 20 minutes
+bench-chips: .venv-chips/.complete  ## Compile steps for TPUs and GPUs that are not here, and weigh them; 20 minutes
 	.venv-chips/bin/python -m benchmarks.chips --out benchmarks $(ARGS)
 
-test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs, in about 10 minutes
+test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs and GPUs, in about 10 minutes
 	JAX_PLATFORMS=cpu .venv-chips/bin/python -m pytest tests/chips $(ARGS)
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place

@@ -2,8 +2,9 @@
 
 From hidden states it gives the compiler's own estimate of cycles, loops by their trips, as a
 multiple of the three matrix products on one chip; memory; and every collective, its size and how
-often it runs. From log-probabilities, the bytes through main memory. It needs `jax[tpu]` in its
-environment, and one process at a time. Writes CHIPS.md and chips.json.
+often it runs. From log-probabilities, the bytes through main memory. GPUs' compiler estimates no
+cycles. It needs `jax[tpu]`, jax-cuda12-plugin and nvidia-cuda-nvcc-cu12 in its environment, and no
+other process that compiles for TPUs. Writes CHIPS.md and chips.json.
 """
 
 import argparse
@@ -33,6 +34,8 @@ _SLICES = {  # the name of a slice of so many chips, and of the machine that hol
   ("v6e", 1): "v6e:1x1", ("v6e", 8): "v6e:2x4", ("v6e", 256): "v6e:16x16",
 }  # fmt: skip
 _MACHINES = {"v5e": "v5litepod-8", "v5p": "v5p-16", "v6e": "v6e-8"}
+GPU, KINDS = "h100", (*_MACHINES, "h100")
+MESHES = {"v5e": (8, 256), GPU: (8,)}
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
@@ -69,9 +72,14 @@ LAYOUTS = {
 
 
 def topology(kind: str, count: int) -> Any:
-  """Describes so many chips of a kind: `v5e`, `v5p` or `v6e`."""
+  """Describes so many chips of a kind: `v5e`, `v5p`, `v6e` or `h100`."""
   from jax.experimental import topologies
 
+  if kind == GPU:
+    figures = pathlib.Path(__file__).with_name(f"{GPU}.pbtxt").read_text()
+    return topologies.get_topology_desc(
+      platform="cuda", topology=f"1x1x{count}", target_config=figures
+    )
   os.environ.update(_ENVIRONMENT, TPU_ACCELERATOR_TYPE=_MACHINES[kind])
   one = {"chips_per_host_bounds": [1, 1, 1]} if count == 1 else {}
   return topologies.get_topology_desc(_SLICES[kind, count], "tpu", **one)
@@ -150,7 +158,7 @@ class Step:
     }
     program = hlo.Program(compiled.as_text(), trips)
     return {
-      "cycles": program.cycles(),
+      "cycles": program.cycles() or None,  # GPUs' compiler estimates none
       "temporary": compiled.memory_analysis().temp_size_in_bytes,
       "collectives": [x._asdict() for x in program.collectives()],
     }
@@ -230,7 +238,8 @@ def one_chip(kind: str, size: Size) -> list[dict]:
     {"name": "linear_loss, dapo", **step.linear_loss(gpo.dapo())},
     {"name": "linear_loss, gspo", **step.linear_loss(gpo.gspo())},
   ]
-  return [{"chip": kind, "chips": 1, "ratio": x["cycles"] / rows[0]["cycles"], **x} for x in rows]
+  unit = rows[0]["cycles"]
+  return [{"chip": kind, "chips": 1, "ratio": unit and x["cycles"] / unit, **x} for x in rows]
 
 
 def meshes(kind: str, count: int, size: Size, unit: float) -> list[dict]:
@@ -245,31 +254,32 @@ def meshes(kind: str, count: int, size: Size, unit: float) -> list[dict]:
       "chip": kind,
       "chips": count,
       "name": name,
-      "ratio": found["cycles"] / unit * vocabulary_parts(layout),
+      "ratio": unit and found["cycles"] / unit * vocabulary_parts(layout),
     }
     rows.append({**row, **found})
   return rows
 
 
-def reports(kind: str, counts: list[int], size: Size) -> dict[str, list[dict]]:
-  """Reports on one chip of a kind, and on meshes of so many."""
+def reports(kind: str, size: Size) -> dict[str, list[dict]]:
+  """Reports on one chip of a kind, and on meshes."""
   jax.config.update("jax_platforms", "cpu")
   rows = one_chip(kind, size)
-  for count in counts:
+  for count in MESHES.get(kind, ()):
     rows += meshes(kind, count, size, rows[0]["cycles"])
-  return {"hidden_states": rows, "log_probs": from_log_probs(kind)}
+  return {"hidden_states": rows, "log_probs": [] if kind == GPU else from_log_probs(kind)}
 
 
 def markdown(found: dict[str, list[dict]], size: Size) -> str:
   """Lays out CHIPS.md."""
   lines = [
-    "# Compiled for TPUs",
+    "# Compiled for TPUs and GPUs",
     "",
     f"JAX {jax.__version__}. `make bench-chips` writes this page, on any machine, without a chip.",
     "",
     f"Per chip {size.tokens:,} tokens, H {size.hidden:,}, V {size.vocabulary:,}, bfloat16. Cycles "
     "are the compiler's own estimate, loops counted by their trips, as a multiple of the three "
-    "matrix products on one chip, for its part of the vocabulary. Collectives have no estimate.",
+    "matrix products on one chip, for its part of the vocabulary. Collectives have no estimate, "
+    "nor has a GPU.",
     "",
     "## One chip",
     "",
@@ -302,7 +312,8 @@ def markdown(found: dict[str, list[dict]], size: Size) -> str:
 def _cells(row: dict) -> list[str]:
   count = f"{row['chips']} × " if row["chips"] > 1 else ""
   temporary = f"{row['temporary'] / 1e9:.2f}"
-  return [count + row["chip"], row["name"], f"{row['ratio']:.2f}", temporary]
+  ratio = f"{row['ratio']:.2f}" if row["ratio"] else "–"
+  return [count + row["chip"], row["name"], ratio, temporary]
 
 
 def _collectives(found: list[dict]) -> str:
@@ -318,8 +329,7 @@ def _collectives(found: list[dict]) -> str:
 
 def main() -> None:
   parser = argparse.ArgumentParser("python -m benchmarks.chips")
-  parser.add_argument("--chips", nargs="*", default=list(_MACHINES), choices=list(_MACHINES))
-  parser.add_argument("--counts", nargs="*", type=int, default=list(LAYOUTS), choices=list(LAYOUTS))
+  parser.add_argument("--chips", nargs="*", default=KINDS, choices=KINDS)
   parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench-output"))
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
@@ -328,8 +338,7 @@ def main() -> None:
     # TPUs' library knows one kind of machine per process.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as process:
-      counts = args.counts if kind == args.chips[0] else []
-      for part, rows in process.submit(reports, kind, counts, Size()).result().items():
+      for part, rows in process.submit(reports, kind, Size()).result().items():
         found[part] += rows
     (args.out / "chips.json").write_text(json.dumps(found, indent=1) + "\n")
     (args.out / "CHIPS.md").write_text(markdown(found, Size()))

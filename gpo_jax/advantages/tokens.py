@@ -13,6 +13,7 @@ from gpo_jax._inputs import (
   check_same_shape,
   promote,
 )
+from gpo_jax._mesh import vary
 
 
 def generalized(
@@ -74,7 +75,8 @@ def generalized(
     later = jnp.where(counts, own, advantage), jnp.where(counts, value, next_value)
     return later, jnp.where(counts, own, 0)
 
-  tokens = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, values, mask, last))
-  end = jnp.zeros_like(rewards[..., 0])
+  discount, decay, *tokens = vary((discount, decay, rewards, values, mask, last))
+  tokens = tuple(jnp.moveaxis(x, -1, 0) for x in tokens)
+  end = jnp.zeros_like(tokens[0][0])
   _, advantages = jax.lax.scan(step, (end, end), tokens, reverse=True)
   return jnp.moveaxis(advantages, 0, -1)

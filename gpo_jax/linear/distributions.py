@@ -5,9 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gpo_jax._mesh import vary
 from gpo_jax.linear.head import Head, dot, scale_logits
 from gpo_jax.linear.mesh import Sharding, layout_of
-from gpo_jax.linear.sweep import vary
 
 
 def divergence(

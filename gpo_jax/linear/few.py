@@ -9,13 +9,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gpo_jax._mesh import vary
 from gpo_jax.linear import two_passes
 from gpo_jax.linear.backward import Gradients, zero_gradients
 from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
-from gpo_jax.linear.sweep import Tiling, vary
+from gpo_jax.linear.sweep import Tiling
 
 
 def log_probs(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax._inputs import as_size
+from gpo_jax._mesh import vary
 from gpo_jax.linear.backward import Gradients, accumulate, zero_gradients
 from gpo_jax.linear.forward import TokenLogProbs, look, powers_dtype
 from gpo_jax.linear.head import Head, own_products, scale_logits
@@ -170,16 +171,3 @@ def _compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Arr
 
 def _put(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
   return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)
-
-
-def vary(tree: Any) -> Any:
-  """Adds a 0 of all arrays of a tree to each, which compiles to nothing.
-
-  Under `shard_map` all then vary over the devices over which any of them does, as a loop requires;
-  and a gradient in a replicated array is summed over the devices, by JAX itself.
-  """
-  none = [jnp.sum((x != x).astype(jnp.int32) * 0) for x in jax.tree.leaves(tree)]
-  zero = functools.reduce(jnp.add, none)
-  return jax.tree.map(
-    lambda x: x | zero.astype(bool) if x.dtype == bool else x + zero.astype(x.dtype), tree
-  )

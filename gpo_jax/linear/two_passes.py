@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from gpo_jax.linear.backward import Gradients, Slopes
 from gpo_jax.linear.derivatives import once
@@ -31,17 +32,20 @@ def log_probs(
 
 
 def _forward(tiling, layout, *arguments):
+  arguments = jax.tree.map(lambda x: x.value, arguments)
   return once(log_probs(tiling, layout, *arguments)), arguments
 
 
 def _backward(tiling, layout, arguments, slopes):
   hidden, head, tokens, mask = arguments
+  own, entropy = (None if isinstance(x, SymbolicZero) else x for x in slopes)
+  own = jnp.zeros(mask.shape, head.dtype) if own is None else own
   slopes_of = lambda _, __, slopes: Slopes(*slopes)  # noqa: E731
-  _, gradients = on_devices(tiling, layout, hidden, head, tokens, mask, slopes_of, tuple(slopes))
+  _, gradients = on_devices(tiling, layout, hidden, head, tokens, mask, slopes_of, (own, entropy))
   return *in_dtypes(gradients, hidden, head), None, None
 
 
-log_probs.defvjp(_forward, _backward)
+log_probs.defvjp(_forward, _backward, symbolic_zeros=True)  # most losses have no entropy in them
 
 
 def on_devices(
@@ -88,8 +92,13 @@ def in_dtypes(gradients: Any, hidden: jax.Array, head: Head) -> tuple[jax.Array,
   rule of another, so their tree must not depend on it. The compiler drops what nobody reads.
   """
   d_hidden, d_unembedding, d_bias = once(gradients)
-  bias = None if head.bias is None else d_bias.astype(head.bias.dtype)
+  # A factor that the compiler cannot drop as 1: on TPUs scaling casts faster than casting alone.
+  one = jax.lax.optimization_barrier(jnp.ones((), head.dtype))
+
+  def cast(x: jax.Array, like: jax.Array) -> jax.Array:
+    return x if x.dtype == like.dtype else (one * x).astype(like.dtype)
+
+  bias = None if head.bias is None else cast(d_bias, head.bias)
   constant: Any = None  # softcap and temperature
-  return d_hidden.astype(hidden.dtype), Head(
-    d_unembedding.astype(head.unembedding.dtype), bias, constant, constant
-  )
+  own = Head(cast(d_unembedding, head.unembedding), bias, constant, constant)
+  return cast(d_hidden, hidden), own

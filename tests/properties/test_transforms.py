@@ -120,7 +120,9 @@ def test_vmap_inside_of_scan_inside_of_shard_map(entry):
 ALONE = ("linear_loss", "linear_token_log_probs", "objective", "prepare_packed", "by_group")
 
 
-@pytest.mark.quick("linear_loss-vectorized", "objective-sharded", "prepare_packed-sharded")
+@pytest.mark.quick(
+  "linear_loss-vectorized", "objective-sharded", "prepare_packed-sharded", "generalized-sharded"
+)
 @pytest.mark.parametrize("transform", [vectorized, sharded])
 @slow_if(lambda entry: entry not in ALONE)
 def test_one_argument_may_vary_alone(entry, transform):

@@ -52,6 +52,30 @@ def test_matrix_products(entropy):
     assert linear.products(step, *SMALL[:2]) == count
 
 
+@pytest.mark.slow
+def test_a_loss_without_entropies_computes_none_of_their_derivatives():
+  """Which take the logarithm of each entry of the vocabulary again, for each token."""
+  hidden, unembedding, tokens = jnp.ones((1, 4, 4, 8)), SMALL[1], jnp.zeros((1, 4, 4), int)
+  objective = gpo.gspo()
+  rollout = objective.prepare(jnp.eye(1, 4), jnp.ones((1, 4, 4)))
+
+  def loss(*state):
+    return gpo.linear_loss(objective, *state, tokens, rollout)[0]
+
+  def plain(*state):
+    return jnp.sum(gpo.linear_token_log_probs(*state, tokens).log_probs)
+
+  def both(*state):
+    return sum(map(jnp.sum, gpo.linear_token_log_probs(*state, tokens)))
+
+  def transcendentals(function):
+    step = linear.jit(jax.value_and_grad(function, (0, 1)))
+    return step.lower(hidden, unembedding).compile().cost_analysis()["transcendentals"]
+
+  of_loss, of_plain, of_both = map(transcendentals, (loss, plain, both))
+  assert of_loss - of_plain < tokens.size * len(unembedding) <= of_both - of_plain
+
+
 DTYPES = {
   "-".join(jnp.dtype(x).name for x in dtypes): dtypes
   for dtypes in itertools.product([jnp.bfloat16, jnp.float32], repeat=3)

@@ -1,0 +1,43 @@
+"""Compiled for GPUs: memory, and no large collective in a loop; their compiler estimates no time.
+
+`make test-chips` runs these, where compilers for TPUs and GPUs are installed.
+"""
+
+import functools
+
+import pytest
+
+import gpo_jax as gpo
+from benchmarks import chips
+
+pytest.importorskip("jax_cuda12_plugin")
+
+SIZE = chips.Size()
+LARGE = 16 * SIZE.tokens  # bytes: a few numbers per token
+
+
+@functools.cache
+def alone():
+  return chips.Step(chips.GPU, 1, chips.Layout({"data": 1}), SIZE)
+
+
+@functools.cache
+def one_chip(name):
+  return alone().linear_loss(gpo.preset(name))
+
+
+@pytest.mark.parametrize("name", ["dapo", "gspo"])
+def test_one_chip_holds_two_thirds_of_what_full_logits_do(name):
+  """Of it dW, in float32, is what no loop can do without."""
+  full = alone().full_logits(gpo.preset(name))
+  assert one_chip(name)["temporary"] < 2 / 3 * full["temporary"]
+
+
+@pytest.mark.parametrize("name", chips.LAYOUTS[8])
+def test_a_chip_of_eight_gathers_and_reduces_once(name):
+  layout = chips.LAYOUTS[8][name]
+  found = chips.Step(chips.GPU, 8, layout, SIZE).linear_loss(gpo.dapo())
+  for x in found["collectives"]:
+    assert x["bytes"] <= LARGE or (x["trips"] == 1 and not x["in_loop"])
+  gathered = SIZE.vocabulary * SIZE.hidden * (2 + 4)  # W, and dW before it is scattered
+  assert found["temporary"] < one_chip("dapo")["temporary"] + gathered
