@@ -123,6 +123,17 @@ def as_segment_ids(ids: Any, mask: jax.Array) -> jax.Array:
   """Converts the segment ids of packed rows."""
   ids = as_ids("segment_ids", ids, "pass 1, 2, ... in each row, and 0 for padding")
   check_same_shape(mask=mask, segment_ids=ids)
+  if not (is_unknown(ids) or is_unknown(mask)):
+    values, counts = np.asarray(ids), np.asarray(mask)
+    least = np.maximum.accumulate(np.where(counts & (values > 1), values, 1), axis=-1)
+    wrong = counts & (values < least)
+    if wrong.any():
+      first = tuple(np.argwhere(wrong)[0])
+      raise ValueError(
+        "segment_ids must be 1, 2, ... in each row, in the order of its responses; got "
+        f"{values[first]} at {list(map(int, first))}, where at least {least[first]} is expected: "
+        "number a row's responses as they follow one another"
+      )
   return ids
 
 

@@ -40,8 +40,11 @@ def merge_metrics(
     >>> print(parts[0]["clip_fraction"], f"{gpo.merge_metrics(parts)['clip_fraction']:.3f}")
     0.5 0.167
   """
-  parts = _stack(metrics)
+  return _merge(_stack(metrics))
 
+
+@jax.jit
+def _merge(parts: dict[str, jax.Array]) -> dict[str, jax.Array]:
   def mean(name: str, values: jax.Array) -> jax.Array:
     count = parts[_counted(name)]
     return jnp.sum(count * values) / jnp.maximum(jnp.sum(count), 1)

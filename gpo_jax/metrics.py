@@ -80,6 +80,13 @@ def summarize(
       "concatenate the terms of microbatches (AccumulationType.CONCAT in optax), do not sum them"
     )
   _, rollout = clean(terms.loss, rollout, name="terms")
+  if rewards is not None:
+    (rewards,) = promote(as_array("rewards", rewards))
+  return _summarize(terms, rollout, rewards)
+
+
+@jax.jit
+def _summarize(terms: Terms, rollout: Rollout, rewards: jax.Array | None) -> dict[str, jax.Array]:
   mask, weights, advantages = rollout.mask, rollout.weights, rollout.advantages
   # Each pass over the tokens costs as much as the loss itself, so passes are shared.
   tokens = mask.astype(weights.dtype)
@@ -178,7 +185,6 @@ def _of_groups(advantages, tokens, segment_ids) -> dict[str, jax.Array]:
 
 
 def _of_rewards(rewards: jax.Array, rollout: Rollout) -> dict[str, jax.Array]:
-  (rewards,) = promote(as_array("rewards", rewards))
   present = _segments.present(rollout.mask, rollout.segment_ids, (1, *rewards.shape)[-1])
   remedy = ". Pass one reward per response, as to prepare; sum several kinds"
   check_same_shape(remedy, responses=present, rewards=rewards)

@@ -51,8 +51,9 @@ class Objective:
   epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
   once, `jax.vmap` over objectives is a sweep and `jax.grad` through one computes meta-gradients: of
   `beta` and of the numbers of all slots but `advantage` and `weighting`, whose results are data and
-  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. Every call
-  traces the slots in the loss again, even outside `jax.jit`.
+  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. Outside of
+  `jax.jit` the package's functions are compiled once; functions of your own run operation by
+  operation, with what they close over then.
 
   Attributes:
     surrogate: a `Surrogate`, maximised; see `gpo_jax.surrogates`.
@@ -140,9 +141,8 @@ class Objective:
         divergence alone is minimised.
       ref_log_probs: log π_ref, `[..., G, T]`; a divergence needs it.
       sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; corrections need it.
-      segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is not
-        checked, and anything at masked tokens. An id that comes back after another is not
-        one response everywhere.
+      segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is checked
+        where their values are known, and anything at masked tokens.
       group_ids: the prompt of each reward, integers of rewards' shape, for groups that are not the
         last axis: without it the segments of a packed row are one group.
 
@@ -183,7 +183,7 @@ class Objective:
     if of_rewards or advantages.shape != mask.shape:
       advantages = _segments.to_tokens(advantages, segment_ids)
     check_numbers(self.weighting)
-    weights = self.weighting(mask, segment_ids)
+    weights = _call(self.weighting, mask, segment_ids)
     rollout = Rollout(
       advantages=advantages,
       mask=mask,
@@ -238,7 +238,7 @@ class Objective:
         "[P, G] with the samples of one prompt along the last axis, or "
         "advantages.batch_standardize"
       )
-    advantages = advantage(rewards, present)
+    advantages = _call(advantage, rewards, present)
     return check_returned("advantage", advantages, present.shape, "response")
 
   def __call__(self, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
@@ -255,8 +255,7 @@ class Objective:
     Raises:
       ValueError: if shapes or dtypes do not fit, or the rollout lacks what a slot needs.
     """
-    slots, log_probs, rollout = enter(self, log_probs, rollout)
-    return _recomputed(evaluate, slots)(log_probs, rollout)
+    return _run(evaluate, *enter(self, log_probs, rollout))
 
   def losses(self, log_probs: jax.Array, rollout: Rollout) -> jax.Array:
     """Computes the loss of each token, unweighted, for a trainer with its own reduction.
@@ -285,7 +284,7 @@ class Objective:
         [ 0.5  0. ]]]
     """
     slots, log_probs, rollout = enter(self, log_probs, rollout)
-    terms = _recomputed(evaluate_terms, slots)(log_probs, rollout)
+    terms = _run(evaluate_terms, slots, log_probs, rollout)
     return jnp.where(rollout.mask, terms.loss, 0)
 
   def replace(self, **slots: Any) -> "Objective":
@@ -358,17 +357,59 @@ def evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple[
   return loss, jax.lax.stop_gradient(terms)
 
 
+def _call(slot: Any, *arguments: Any) -> Any:
+  """Calls a slot's function, compiled if it is the package's."""
+  return (_compiled_call if _is_ours(slot) else _plain_call)(slot, *arguments)
+
+
+def _plain_call(slot: Any, *arguments: Any) -> Any:
+  return slot(*arguments)
+
+
+_compiled_call = jax.jit(_plain_call)
+
+
+def _run(function: Callable, slots: Objective, log_probs: jax.Array, rollout: Rollout) -> Any:
+  """Evaluates, compiled once if all functions are the package's.
+
+  For a function that it knows, JAX uses the program of an earlier call, and with it what the
+  function closed over then: a user's function is traced again in each call.
+  """
+  if is_ours(slots):
+    return _compiled(function, slots, log_probs, rollout)
+  return _recomputed(function, slots)(log_probs, rollout)
+
+
 def _recomputed(function: Callable, slots: Objective) -> Callable:
   """Recomputes a token's slope in the backward pass on CPUs: cheaper than storing what it needs.
 
-  Compilers for accelerators fuse both passes, if nothing keeps them apart. A new function in each
-  call: for one that it knows, JAX would use the trace of an earlier call, and with it what the
-  slots closed over then.
+  Compilers for accelerators fuse both passes, if nothing keeps them apart.
   """
   plain = lambda log_probs, rollout: function(slots, log_probs, rollout)  # noqa: E731
   return lambda log_probs, rollout: jax.lax.platform_dependent(
     log_probs, rollout, cpu=jax.checkpoint(plain), default=plain
   )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compiled(function: Callable, slots: Objective, *arguments: Any) -> Any:
+  return _recomputed(jax.jit(function), slots)(*arguments)  # both branches share one trace
+
+
+def is_ours(objective: Objective) -> bool:
+  """Tells whether all functions in the loss are the package's, and those that are bound to them."""
+  return all(_is_ours(slot) for slot in in_loss(objective))
+
+
+def _is_ours(slot: Any) -> bool:
+  bound = (*slot.args, *slot.keywords.values())
+  return traits_of(slot).ours and all(_is_ours(value) for value in bound if callable(value))
+
+
+def in_loss(objective: Objective) -> list[Any]:
+  """Lists the slots whose functions the loss is made of."""
+  slots = (objective.surrogate, objective.level, objective.divergence, *objective.corrections)
+  return [slot for slot in slots if slot is not None]
 
 
 def enter(
@@ -382,16 +423,15 @@ def enter(
       f"divergence={describe(slots.divergence)} needs rollout.ref_log_probs: pass "
       "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
     )
-  _check_returns(slots, log_probs, rollout)
+  if not is_ours(slots):
+    _check_returns(slots, log_probs, rollout)
   return slots, log_probs, rollout
 
 
 def as_slots(objective: Objective, dtype: Any) -> Objective:
   """Checks an objective's numbers and converts its floats to a dtype."""
-  loss_slots = (objective.surrogate, objective.level, objective.divergence, *objective.corrections)
-  for slot in loss_slots:
-    if slot is not None:
-      check_numbers(slot)
+  for slot in in_loss(objective):
+    check_numbers(slot)
   check_scalar("beta", objective.beta)
   is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)  # noqa: E731
   return jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_float(x) else x, objective)

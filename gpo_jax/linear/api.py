@@ -17,8 +17,7 @@ from gpo_jax.linear.head import Head, as_head
 from gpo_jax.linear.mesh import Sharding, layout_of
 from gpo_jax.linear.sweep import Tiling, as_tiling
 from gpo_jax.log_probs import as_tokens, check_function
-from gpo_jax.objective import Objective, check_objective, enter, evaluate
-from gpo_jax.traits import traits_of
+from gpo_jax.objective import Objective, check_objective, enter, evaluate, is_ours
 from gpo_jax.types import Rollout, Terms
 
 
@@ -157,9 +156,9 @@ def linear_loss(
   stand_in = jnp.zeros_like(tokens, head.dtype)
   slots, _, rollout = enter(objective, stand_in, rollout)
   layout, hidden, head = layout_of(sharding, hidden, head)
-  in_loss = (slots.surrogate, slots.level, slots.divergence, *slots.corrections)
-  ours = all(traits_of(slot).ours for slot in in_loss if slot is not None)
-  compiled = _loss if ours else jax.jit(lambda *args: _evaluate(*args), static_argnums=(0, 1, 2))
+  compiled = (
+    _loss if is_ours(slots) else jax.jit(lambda *args: _evaluate(*args), static_argnums=(0, 1, 2))
+  )
   structure, numbers = one_pass.split(slots)
   hidden, head, numbers = reverse_only((hidden, head, numbers))
   return compiled(as_tiling(tiling), layout, structure, hidden, head, tokens, numbers, rollout)

@@ -18,15 +18,14 @@ from gpo_jax.linear.head import Head
 from gpo_jax.linear.mesh import Layout
 from gpo_jax.linear.sweep import Tiling
 from gpo_jax.linear.two_passes import in_dtypes, on_devices
-from gpo_jax.objective import Objective, evaluate
+from gpo_jax.objective import Objective, evaluate, in_loss
 from gpo_jax.traits import traits_of
 from gpo_jax.types import Rollout, Terms
 
 
 def is_enough(objective: Objective) -> bool:
   """Applies the rule: every function in the loss is declared tokenwise and binds numbers only."""
-  slots = (objective.surrogate, objective.level, objective.divergence, *objective.corrections)
-  return all(_is_tokenwise(slot) for slot in slots if slot is not None)
+  return all(_is_tokenwise(slot) for slot in in_loss(objective))
 
 
 def _is_tokenwise(slot: Any) -> bool:

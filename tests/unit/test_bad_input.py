@@ -356,6 +356,14 @@ WRONG = {
     lambda: OBJECTIVE.prepare(REWARDS, MASK, segment_ids=np.ones(MASK.shape, int)),
     r"rewards must .*\[1, 3, S\].*got rewards \[1, 3\]",
   ),
+  "ids that come back": (
+    lambda: OBJECTIVE.prepare(np.ones((1, 3)), MASK[:, :1], segment_ids=[[[1, 2, 1, 7]]]),
+    r"segment_ids must .*got 1 at \[0, 0, 2\], where at least 2 is",
+  ),
+  "ids from 0": (
+    lambda: OBJECTIVE.prepare(np.ones((1, 3)), MASK[:, :1], segment_ids=[[[0, 0, 1, 1]]]),
+    r"segment_ids must .*got 0 at \[0, 0, 0\], where at least 1 is",
+  ),
   "a preset not called": (
     lambda: gpo.linear_loss(gpo.grpo, STATES["hidden"], STATES["unembedding"], TOKENS, ROLLOUT),
     "objective must be an Objective",

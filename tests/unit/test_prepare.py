@@ -127,12 +127,14 @@ def test_bad_segments_are_loud():
     gpo.grpo().prepare([[1.0, 0.0]], jnp.ones((1, 2)), segment_ids=jnp.ones((1, 2)))
   with pytest.raises(ValueError, match=r"one value per response, .*got rewards \[\]"):
     gpo.grpo().prepare(1.0, jnp.ones((1, 2)), segment_ids=jnp.ones((1, 2), int))
-  from_zero = jnp.array([[0, 0, 1, 1, 2, 2]])
-  rollout = gpo.grpo(beta=None).prepare([[1.0, 0.0, 0.5]], jnp.ones((1, 6)), segment_ids=from_zero)
-  assert jnp.isnan(gpo.grpo(beta=None)(jnp.zeros((1, 6)), rollout)[0])
+  objective, from_zero = gpo.grpo(beta=None), jnp.array([[0, 0, 1, 1, 2, 2]])
+  prepare = lambda ids: objective.prepare([[1.0, 0.0, 0.5]], jnp.ones((1, 6)), segment_ids=ids)
+  with pytest.raises(ValueError, match="segment_ids must be 1, 2, ..."):
+    prepare(from_zero)
+  assert jnp.isnan(objective(jnp.zeros((1, 6)), jax.jit(prepare)(from_zero))[0])
   ids = jnp.array([[1, 1, 2, 2, 3, 3]])  # three responses, two rewards
-  rollout = gpo.grpo(beta=None).prepare([[1.0, 0.0]], jnp.ones((1, 6)), segment_ids=ids)
-  assert jnp.isnan(gpo.grpo(beta=None)(jnp.zeros((1, 6)), rollout)[0])
+  rollout = objective.prepare([[1.0, 0.0]], jnp.ones((1, 6)), segment_ids=ids)
+  assert jnp.isnan(objective(jnp.zeros((1, 6)), rollout)[0])
 
 
 def test_kl_in_the_reward_is_one_line():
