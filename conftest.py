@@ -19,6 +19,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+  """Keeps compiled programs beside what pytest keeps: for its other worker and for the next run."""
+  if hasattr(config, "cache"):
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def pytest_collection_modifyitems(items):
   """Of a test that is `quick` for some of its cases, the others are slow."""
   for item in items:

@@ -131,7 +131,7 @@ def test_bad_segments_are_loud():
   prepare = lambda ids: objective.prepare([[1.0, 0.0, 0.5]], jnp.ones((1, 6)), segment_ids=ids)
   with pytest.raises(ValueError, match="segment_ids must be 1, 2, ..."):
     prepare(from_zero)
-  assert jnp.isnan(objective(jnp.zeros((1, 6)), jax.jit(prepare)(from_zero))[0])
+  assert jnp.isnan(jax.jit(lambda ids: objective(jnp.zeros((1, 6)), prepare(ids))[0])(from_zero))
   ids = jnp.array([[1, 1, 2, 2, 3, 3]])  # three responses, two rewards
   rollout = objective.prepare([[1.0, 0.0]], jnp.ones((1, 6)), segment_ids=ids)
   assert jnp.isnan(objective(jnp.zeros((1, 6)), rollout)[0])
