@@ -4,8 +4,6 @@ loss = Σ_t weight_t (−factor_t surrogate(level(log_ratio))_t + β divergence_
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import chex
@@ -15,18 +13,17 @@ from jax.tree_util import GetAttrKey
 
 from gpo_jax import _segments
 from gpo_jax._inputs import as_array, as_mask, as_segment_ids, check_returned
-from gpo_jax._numerics import bound
-from gpo_jax._padding import clean, validate
+from gpo_jax._padding import validate
 from gpo_jax._ranges import check_range
 from gpo_jax._slots import (
   as_number,
   as_slot,
   check_combination,
   check_numbers,
-  check_scalar,
   describe,
 )
 from gpo_jax.advantages import by_group
+from gpo_jax.evaluation import call, enter, evaluate, evaluate_terms, run
 from gpo_jax.traits import traits_of
 from gpo_jax.types import (
   Advantage,
@@ -183,7 +180,7 @@ class Objective:
     if of_rewards or advantages.shape != mask.shape:
       advantages = _segments.to_tokens(advantages, segment_ids)
     check_numbers(self.weighting)
-    weights = _call(self.weighting, mask, segment_ids)
+    weights = call(self.weighting, mask, segment_ids)
     rollout = Rollout(
       advantages=advantages,
       mask=mask,
@@ -238,7 +235,7 @@ class Objective:
         "[P, G] with the samples of one prompt along the last axis, or "
         "advantages.batch_standardize"
       )
-    advantages = _call(advantage, rewards, present)
+    advantages = call(advantage, rewards, present)
     return check_returned("advantage", advantages, present.shape, "response")
 
   def __call__(self, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
@@ -255,7 +252,7 @@ class Objective:
     Raises:
       ValueError: if shapes or dtypes do not fit, or the rollout lacks what a slot needs.
     """
-    return _run(evaluate, *enter(self, log_probs, rollout))
+    return run(evaluate, *enter(self, log_probs, rollout))
 
   def losses(self, log_probs: jax.Array, rollout: Rollout) -> jax.Array:
     """Computes the loss of each token, unweighted, for a trainer with its own reduction.
@@ -284,7 +281,7 @@ class Objective:
         [ 0.5  0. ]]]
     """
     slots, log_probs, rollout = enter(self, log_probs, rollout)
-    terms = _run(evaluate_terms, slots, log_probs, rollout)
+    terms = run(evaluate_terms, slots, log_probs, rollout)
     return jnp.where(rollout.mask, terms.loss, 0)
 
   def replace(self, **slots: Any) -> "Objective":
@@ -326,139 +323,6 @@ class Objective:
 
 
 _SLOTS = tuple(field.name for field in dataclasses.fields(Objective))[:-1]
-
-
-def evaluate_terms(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> Terms:
-  """Evaluates the equation, from clean inputs."""
-  fixed = jax.lax.stop_gradient(log_probs)
-  old, ref = rollout.old_log_probs, rollout.ref_log_probs
-  token_log_ratio = log_probs - (fixed if old is None else old)
-  log_ratio = bound(slots.level(token_log_ratio, rollout))
-  token_log_ratio = bound(token_log_ratio)
-  surrogate, gate = jax.jvp(
-    lambda x: slots.surrogate(x, rollout.advantages), (log_ratio,), (jnp.ones_like(log_ratio),)
-  )
-  factors = [correction(fixed, rollout) for correction in slots.corrections]
-  factors += [] if rollout.factor is None else [rollout.factor]
-  factor = functools.reduce(jnp.multiply, factors) if factors else None
-  loss = -surrogate if factor is None else -factor * surrogate
-  divergence = None
-  if slots.divergence is not None and slots.beta is not None:
-    ref_log_ratio = None if ref is None else bound(log_probs - ref)
-    divergence = slots.divergence(ref_log_ratio, token_log_ratio, rollout)
-    loss = loss + slots.beta * divergence
-  return Terms(loss, surrogate, gate, log_ratio, token_log_ratio, divergence, factor)
-
-
-def evaluate(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
-  """Evaluates the loss and its terms, from clean inputs."""
-  terms = evaluate_terms(slots, log_probs, rollout)
-  loss = jnp.sum(jnp.where(rollout.mask, rollout.weights * terms.loss, 0))
-  return loss, jax.lax.stop_gradient(terms)
-
-
-def _call(slot: Any, *arguments: Any) -> Any:
-  """Calls a slot's function, compiled if it is the package's."""
-  return (_compiled_call if _is_ours(slot) else _plain_call)(slot, *arguments)
-
-
-def _plain_call(slot: Any, *arguments: Any) -> Any:
-  return slot(*arguments)
-
-
-_compiled_call = jax.jit(_plain_call)
-
-
-def _run(function: Callable, slots: Objective, log_probs: jax.Array, rollout: Rollout) -> Any:
-  """Evaluates, compiled once if all functions are the package's.
-
-  For a function that it knows, JAX uses the program of an earlier call, and with it what the
-  function closed over then: a user's function is traced again in each call.
-  """
-  if is_ours(slots):
-    return _compiled(function, slots, log_probs, rollout)
-  return _recomputed(function, slots)(log_probs, rollout)
-
-
-def _recomputed(function: Callable, slots: Objective) -> Callable:
-  """Recomputes a token's slope in the backward pass on CPUs: cheaper than storing what it needs.
-
-  Compilers for accelerators fuse both passes, if nothing keeps them apart.
-  """
-  plain = lambda log_probs, rollout: function(slots, log_probs, rollout)  # noqa: E731
-  return lambda log_probs, rollout: jax.lax.platform_dependent(
-    log_probs, rollout, cpu=jax.checkpoint(plain), default=plain
-  )
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compiled(function: Callable, slots: Objective, *arguments: Any) -> Any:
-  return _recomputed(jax.jit(function), slots)(*arguments)  # both branches share one trace
-
-
-def is_ours(objective: Objective) -> bool:
-  """Tells whether all functions in the loss are the package's, and those that are bound to them."""
-  return all(_is_ours(slot) for slot in in_loss(objective))
-
-
-def _is_ours(slot: Any) -> bool:
-  bound = (*slot.args, *slot.keywords.values())
-  return traits_of(slot).ours and all(_is_ours(value) for value in bound if callable(value))
-
-
-def in_loss(objective: Objective) -> list[Any]:
-  """Lists the slots whose functions the loss is made of."""
-  slots = (objective.surrogate, objective.level, objective.divergence, *objective.corrections)
-  return [slot for slot in slots if slot is not None]
-
-
-def enter(
-  objective: Objective, log_probs: Any, rollout: Rollout
-) -> tuple[Objective, jax.Array, Rollout]:
-  """Checks and cleans what an objective is evaluated on; numbers get the log-probs' dtype."""
-  log_probs, rollout = clean(log_probs, rollout)
-  slots = as_slots(objective, log_probs.dtype)
-  if traits_of(slots.divergence).needs_reference and rollout.ref_log_probs is None:
-    raise ValueError(
-      f"divergence={describe(slots.divergence)} needs rollout.ref_log_probs: pass "
-      "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
-    )
-  if not is_ours(slots):
-    _check_returns(slots, log_probs, rollout)
-  return slots, log_probs, rollout
-
-
-def as_slots(objective: Objective, dtype: Any) -> Objective:
-  """Checks an objective's numbers and converts its floats to a dtype."""
-  for slot in in_loss(objective):
-    check_numbers(slot)
-  check_scalar("beta", objective.beta)
-  is_float = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)  # noqa: E731
-  return jax.tree.map(lambda x: jnp.asarray(x, dtype) if is_float(x) else x, objective)
-
-
-def _check_returns(slots: Objective, log_probs: jax.Array, rollout: Rollout) -> None:
-  """Checks that each slot returns one float per token, by tracing it once more."""
-
-  def check(name: str, slot: Any, *args: Any) -> None:
-    value = jax.eval_shape(lambda *args: slot(*args), *args)
-    check_returned(name, value, log_probs.shape, "token", log_probs.dtype)
-
-  check("level", slots.level, log_probs, rollout)
-  check("surrogate", slots.surrogate, log_probs, rollout.advantages)
-  for correction in slots.corrections:
-    check(f"corrections: {describe(correction)}", correction, log_probs, rollout)
-  if slots.divergence is not None:
-    ref_log_ratio = None if rollout.ref_log_probs is None else log_probs
-    try:
-      check("divergence", slots.divergence, ref_log_ratio, log_probs, rollout)
-    except TypeError as error:
-      if ref_log_ratio is not None:
-        raise
-      raise ValueError(
-        f"divergence={describe(slots.divergence)} failed without a reference policy, when "
-        f"ref_log_ratio is None: pass ref_log_probs= to prepare ({error})"
-      ) from error
 
 
 def check_objective(objective: Any) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gpo_jax._inputs import as_mask, check_same_shape
 from gpo_jax._mesh import vary
+from gpo_jax.evaluation import enter, evaluate, is_ours
 from gpo_jax.linear import distributions, few, one_pass, two_passes
 from gpo_jax.linear.derivatives import reverse_only
 from gpo_jax.linear.forward import TokenLogProbs
@@ -17,7 +18,7 @@ from gpo_jax.linear.head import Head, as_head
 from gpo_jax.linear.mesh import Sharding, layout_of
 from gpo_jax.linear.sweep import Tiling, as_tiling
 from gpo_jax.log_probs import as_tokens, check_function
-from gpo_jax.objective import Objective, check_objective, enter, evaluate, is_ours
+from gpo_jax.objective import Objective, check_objective
 from gpo_jax.types import Rollout, Terms
 
 

@@ -16,7 +16,7 @@ LAYERS = [
   {"types"},
   {"_padding", "_slots"},
   {"surrogates", "levels", "divergences", "weightings", "advantages", "vocabulary"},
-  {"corrections", "log_probs", "merging", "metrics"},
+  {"evaluation", "corrections", "log_probs", "merging", "metrics"},
   {"objective", "specification"},
   {"presets"},
   {"linear"},
