@@ -122,7 +122,7 @@ bench-chips: .venv-chips/.complete  ## Compile steps for TPUs and GPUs that are 
 	.venv-chips/bin/python -m benchmarks.chips --out benchmarks $(ARGS)
 
 test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs and GPUs, in about 10 minutes
-	JAX_PLATFORMS=cpu .venv-chips/bin/python -m pytest tests/chips $(ARGS)
+	OPTIMIZE=1 JAX_PLATFORMS=cpu .venv-chips/bin/python -m pytest -p no:cacheprovider tests/chips $(ARGS)
 
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
 	$(BIN)/python -m nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False $(filter-out notebooks/06_pod.ipynb,$(wildcard notebooks/*.ipynb))

@@ -4,6 +4,7 @@
 """
 
 import functools
+import os
 
 import pytest
 
@@ -11,6 +12,8 @@ import gpo_jax as gpo
 from benchmarks import chips
 
 pytest.importorskip("jax_cuda12_plugin")
+if not os.environ.get("OPTIMIZE"):
+  pytest.skip("without OPTIMIZE=1 GPUs' programs are not optimized either", allow_module_level=True)
 
 SIZE = chips.Size()
 LARGE = 16 * SIZE.tokens  # bytes: a few numbers per token
