@@ -32,12 +32,15 @@ def one_chip(name):
 
 
 @pytest.mark.parametrize(("name", "products"), [("dapo", 1.15), ("gspo", 1.5)])
-def test_one_chip_is_faster_than_full_logits_in_less_memory(name, products):
-  """In less than 1.15 times the three products; two passes in less than 1.5 times."""
+def test_one_chip_is_faster_than_full_logits_in_half_their_memory(name, products):
+  """In less than 1.15 times the three products; two passes in less than 1.5 times.
+
+  Half but for a chunk: full logits hold dW in float32 and as much in logits, ours dW and a chunk.
+  """
   found = one_chip(name)
   full = alone().full_logits(getattr(gpo, name)())
   assert found["cycles"] < products * alone().products()["cycles"]
-  assert found["temporary"] < full["temporary"] / 2
+  assert found["temporary"] < 0.55 * full["temporary"]
   if name == "dapo":
     assert found["cycles"] < full["cycles"]
 
