@@ -127,7 +127,7 @@ test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs
 notebooks: $(VENV)/.notebooks  ## Execute the notebooks in place
 	$(BIN)/python -m nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False $(filter-out notebooks/06_pod.ipynb,$(wildcard notebooks/*.ipynb))
 
-notebook-pod: .venv-chips/.complete  ## Execute the notebook that compiles for a pod, 10 minutes
+notebook-pod: .venv-chips/.complete  ## Execute the notebook that compiles for a pod, 15 minutes
 	.venv-chips/bin/python -m nbconvert --execute --inplace --to notebook --ExecutePreprocessor.record_timing=False notebooks/06_pod.ipynb
 
 docs: $(VENV)/.docs  ## Build the documentation, docs/_build/html/index.html; warnings are errors

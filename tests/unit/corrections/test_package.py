@@ -118,7 +118,7 @@ def test_an_advantage_of_0_is_not_a_bad_one():
 
 
 def test_limits_of_importance_weights_unless_said():
-  log_w = np.log(np.array([0.49, 0.51, 1.9, 2.1, 4.9, 5.1]))
+  log_w = jnp.log(jnp.array([0.49, 0.51, 1.9, 2.1, 4.9, 5.1]))
   one = jnp.ones(6)
   rollout = Rollout(
     advantages=one, mask=one, weights=one, old_log_probs=log_w, sampler_log_probs=0 * log_w
