@@ -34,7 +34,8 @@ _SLICES = {  # the name of a slice of so many chips, and of the machine that hol
   ("v6e", 1): "v6e:1x1", ("v6e", 8): "v6e:2x4", ("v6e", 256): "v6e:16x16",
 }  # fmt: skip
 _MACHINES = {"v5e": "v5litepod-8", "v5p": "v5p-16", "v6e": "v6e-8"}
-GPU, KINDS = "h100", (*_MACHINES, "h100")
+GPU = "h100"
+KINDS = (*_MACHINES, GPU)
 MESHES = {"v5e": (8, 256), GPU: (8,)}
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 

@@ -14,7 +14,7 @@ from gpo_jax._inputs import check_returned
 from gpo_jax._numerics import bound
 from gpo_jax._padding import clean
 from gpo_jax._slots import check_numbers, check_scalar, describe
-from gpo_jax.traits import traits_of
+from gpo_jax.traits import is_ours, traits_of
 from gpo_jax.types import Rollout, Terms
 
 Slots = Any  # an `Objective`, of which this layer knows what is in the loss
@@ -51,7 +51,7 @@ def evaluate(slots: Slots, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.
 
 def call(slot: Any, *arguments: Any) -> Any:
   """Calls a slot's function, compiled if it is the package's."""
-  return (_compiled_call if _is_ours(slot) else _plain_call)(slot, *arguments)
+  return (_compiled_call if is_ours(slot) else _plain_call)(slot, *arguments)
 
 
 def _plain_call(slot: Any, *arguments: Any) -> Any:
@@ -67,35 +67,27 @@ def run(function: Callable, slots: Slots, log_probs: jax.Array, rollout: Rollout
   For a function that it knows, JAX uses the program of an earlier call, and with it what the
   function closed over then: a user's function is traced again in each call.
   """
-  if is_ours(slots):
-    return _compiled(function, slots, log_probs, rollout)
-  return _recomputed(function, slots)(log_probs, rollout)
+  evaluation = _compiled if is_all_ours(slots) else _recomputed
+  return evaluation(function, slots, log_probs, rollout)
 
 
-def _recomputed(function: Callable, slots: Slots) -> Callable:
+def _recomputed(function: Callable, slots: Slots, log_probs: jax.Array, rollout: Rollout) -> Any:
   """Recomputes a token's slope in the backward pass on CPUs: cheaper than storing what it needs.
 
   Compilers for accelerators fuse both passes, if nothing keeps them apart.
   """
   plain = lambda log_probs, rollout: function(slots, log_probs, rollout)  # noqa: E731
-  return lambda log_probs, rollout: jax.lax.platform_dependent(
-    log_probs, rollout, cpu=jax.checkpoint(plain), default=plain
-  )
+  return jax.lax.platform_dependent(log_probs, rollout, cpu=jax.checkpoint(plain), default=plain)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _compiled(function: Callable, slots: Slots, *arguments: Any) -> Any:
-  return _recomputed(jax.jit(function), slots)(*arguments)  # both branches share one trace
+  return _recomputed(jax.jit(function), slots, *arguments)  # both branches share one trace
 
 
-def is_ours(slots: Slots) -> bool:
-  """Tells whether all functions in the loss are the package's, and those that are bound to them."""
-  return all(_is_ours(slot) for slot in in_loss(slots))
-
-
-def _is_ours(slot: Any) -> bool:
-  bound = (*slot.args, *slot.keywords.values())
-  return traits_of(slot).ours and all(_is_ours(value) for value in bound if callable(value))
+def is_all_ours(slots: Slots) -> bool:
+  """Tells whether all functions in the loss are the package's."""
+  return all(map(is_ours, in_loss(slots)))
 
 
 def in_loss(slots: Slots) -> list[Any]:
@@ -113,7 +105,7 @@ def enter(slots: Slots, log_probs: Any, rollout: Rollout) -> tuple[Slots, jax.Ar
       f"divergence={describe(slots.divergence)} needs rollout.ref_log_probs: pass "
       "ref_log_probs= to prepare, or use an objective with divergence=None and beta=None"
     )
-  if not is_ours(slots):
+  if not is_all_ours(slots):
     _check_returns(slots, log_probs, rollout)
   return slots, log_probs, rollout
 

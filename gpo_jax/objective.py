@@ -15,13 +15,7 @@ from gpo_jax import _segments
 from gpo_jax._inputs import as_array, as_mask, as_segment_ids, check_returned
 from gpo_jax._padding import validate
 from gpo_jax._ranges import check_range
-from gpo_jax._slots import (
-  as_number,
-  as_slot,
-  check_combination,
-  check_numbers,
-  describe,
-)
+from gpo_jax._slots import as_number, as_slot, check_combination, check_numbers, describe
 from gpo_jax.advantages import by_group
 from gpo_jax.evaluation import call, enter, evaluate, evaluate_terms, run
 from gpo_jax.traits import traits_of

@@ -57,6 +57,15 @@ def traits_of(function: Any) -> Traits:
   return traits if owner is function else Traits()
 
 
+def is_ours(slot: Any) -> bool:
+  """Tells whether a slot's function is the package's, and all functions that are bound to it.
+
+  Then nothing that it closes over changes, so one compilation serves all calls.
+  """
+  bound = (*slot.args, *slot.keywords.values())
+  return traits_of(slot).ours and all(is_ours(value) for value in bound if callable(value))
+
+
 def declare(**traits: Any) -> Callable[[F], F]:
   """Decorates a function with what it is like."""
 

@@ -13,7 +13,7 @@ from gpo_jax._mesh import whole
 from gpo_jax._ranges import is_unknown
 from gpo_jax._slots import as_data, describe
 from gpo_jax.advantages.samples import samples
-from gpo_jax.traits import traits_of
+from gpo_jax.traits import is_ours, traits_of
 
 
 def by_group(
@@ -67,8 +67,7 @@ def by_group(
     )
   flat, ids, where = (whole(x).ravel() for x in (rewards, group_ids, where))
   slot: Any = as_data("advantage", advantage)
-  # Nothing that a function of this module closes over changes, so one compilation serves all calls.
-  of_samples = _compiled if traits_of(advantage).ours else jax.jit(lambda *args: _of_samples(*args))
+  of_samples = _compiled if is_ours(slot) else jax.jit(lambda *args: _of_samples(*args))
   return of_samples(slot, flat, ids, where).reshape(rewards.shape)
 
 

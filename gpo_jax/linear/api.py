@@ -10,7 +10,7 @@ import numpy as np
 
 from gpo_jax._inputs import as_mask, check_same_shape
 from gpo_jax._mesh import vary
-from gpo_jax.evaluation import enter, evaluate, is_ours
+from gpo_jax.evaluation import enter, evaluate, is_all_ours
 from gpo_jax.linear import distributions, few, one_pass, two_passes
 from gpo_jax.linear.derivatives import reverse_only
 from gpo_jax.linear.forward import TokenLogProbs
@@ -157,9 +157,9 @@ def linear_loss(
   stand_in = jnp.zeros_like(tokens, head.dtype)
   slots, _, rollout = enter(objective, stand_in, rollout)
   layout, hidden, head = layout_of(sharding, hidden, head)
-  compiled = (
-    _loss if is_ours(slots) else jax.jit(lambda *args: _evaluate(*args), static_argnums=(0, 1, 2))
-  )
+  compiled = _loss
+  if not is_all_ours(slots):
+    compiled = jax.jit(lambda *args: _evaluate(*args), static_argnums=(0, 1, 2))
   structure, numbers = one_pass.split(slots)
   hidden, head, numbers = reverse_only((hidden, head, numbers))
   return compiled(as_tiling(tiling), layout, structure, hidden, head, tokens, numbers, rollout)

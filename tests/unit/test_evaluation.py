@@ -45,8 +45,8 @@ def test_a_users_function_bound_to_one_of_the_packages_is_a_users():
   bound = functools.partial(corrections.mask_importance, low=0.5, high=2.0, level=level)
   theirs = gpo.dapo().replace(corrections=(bound,))
   ours = gpo.dapo().replace(corrections=(functools.partial(bound, level=levels.token),))
-  assert not evaluation.is_ours(theirs)
-  assert evaluation.is_ours(ours)
+  assert not evaluation.is_all_ours(theirs)
+  assert evaluation.is_all_ours(ours)
 
 
 def test_a_slot_is_compiled_if_it_is_the_packages():
