@@ -1,5 +1,7 @@
 """Ground rules: 8 devices, and silent promotion or broadcasting is a failure."""
 
+import functools
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
@@ -7,6 +9,7 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 import pytest
+from jax._src.interpreters import mlir
 
 from tests.support.quick import QUICK
 
@@ -20,7 +23,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-  """Keeps compiled programs beside what pytest keeps: for its other worker and for the next run."""
+  """Keeps compiled programs beside what pytest keeps: for its other worker and for the next run.
+
+  Programs share one MLIR context, which takes longer to make than a small program to lower; and
+  garbage, of which tracing leaves little, is collected rarely.
+  """
+  mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+  gc.set_threshold(200_000, 20, 100)
   if hasattr(config, "cache"):
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
