@@ -187,49 +187,19 @@ class Objective:
     return validate(rollout)
 
   def _advantages(self, rewards, mask, segment_ids, group_ids) -> jax.Array:
-    advantage = self.advantage
-    if advantage is None:
+    if self.advantage is None:
       raise ValueError(
         "the objective has no advantage function for rewards: pass advantages= to prepare, such as "
         "advantages.generalized(rewards, values, mask), or use replace(advantage=...)"
       )
-    check_numbers(advantage)
+    check_numbers(self.advantage)
     rewards = jnp.asarray(as_array("rewards", rewards))
     present = _segments.present(mask, segment_ids, (1, *rewards.shape)[-1])
-    traits, packed = traits_of(advantage), segment_ids is not None
-    # Several kinds of reward are for `decoupled`, or for a function from elsewhere that takes them.
-    kinds = traits.of_kinds or (group_ids is None and not traits.ours)
-    first = max(rewards.ndim - present.ndim, 0) if kinds else 0
-    if rewards.shape[first:] != present.shape:
-      rows = ", ".join(map(str, mask.shape[:-1]))
-      raise ValueError(
-        f"rewards must have one value per response, {f'[{rows}, S]' if packed else f'[{rows}]'} "
-        f"for mask {list(mask.shape)}; got rewards {list(rewards.shape)}"
-        + ("" if packed else ": rows that hold several responses need segment_ids")
-      )
-    if traits.of_kinds and not first:
-      raise ValueError(
-        f"rewards must hold several kinds, [K, {', '.join(map(str, present.shape))}], for the "
-        f"advantage {describe(advantage)}; got {list(rewards.shape)}: stack them, "
-        "jnp.stack([first_kind, second_kind])"
-      )
+    _check_kinds(self.advantage, rewards, mask, present, segment_ids, group_ids)
     if group_ids is not None:
-      return by_group(advantage, rewards, group_ids, present)
-    if present.ndim == 1:
-      size = present.size
-      raise ValueError(
-        f"rewards must be [P, G], G samples of each of P prompts; got [{size}], which would be one "
-        f"group of {size}: reshape, rewards.reshape(P, G) and mask.reshape(P, G, T); for a single "
-        "group rewards[None], mask[None]; or pass group_ids"
-      )
-    if present.shape[-1] == 1 and traits.of_group:
-      raise ValueError(
-        f"rewards must hold groups of at least 2; got {list(rewards.shape)}, groups of one, whose "
-        f"advantage {describe(advantage)} is always 0: sample more responses per prompt, use "
-        "[P, G] with the samples of one prompt along the last axis, or "
-        "advantages.batch_standardize"
-      )
-    advantages = call(advantage, rewards, present)
+      return by_group(self.advantage, rewards, group_ids, present)
+    _check_groups(self.advantage, rewards, present)
+    advantages = call(self.advantage, rewards, present)
     return check_returned("advantage", advantages, present.shape, "response")
 
   def __call__(self, log_probs: jax.Array, rollout: Rollout) -> tuple[jax.Array, Terms]:
@@ -317,6 +287,45 @@ class Objective:
 
 
 _SLOTS = tuple(field.name for field in dataclasses.fields(Objective))[:-1]
+
+
+def _check_kinds(advantage, rewards, mask, present, segment_ids, group_ids) -> None:
+  """Checks for one reward per response, or several kinds if the advantage takes them."""
+  traits, packed = traits_of(advantage), segment_ids is not None
+  # Several kinds of reward are for `decoupled`, or for a function from elsewhere that takes them.
+  kinds = traits.of_kinds or (group_ids is None and not traits.ours)
+  first = max(rewards.ndim - present.ndim, 0) if kinds else 0
+  if rewards.shape[first:] != present.shape:
+    rows = ", ".join(map(str, mask.shape[:-1]))
+    raise ValueError(
+      f"rewards must have one value per response, {f'[{rows}, S]' if packed else f'[{rows}]'} "
+      f"for mask {list(mask.shape)}; got rewards {list(rewards.shape)}"
+      + ("" if packed else ": rows that hold several responses need segment_ids")
+    )
+  if traits.of_kinds and not first:
+    raise ValueError(
+      f"rewards must hold several kinds, [K, {', '.join(map(str, present.shape))}], for the "
+      f"advantage {describe(advantage)}; got {list(rewards.shape)}: stack them, "
+      "jnp.stack([first_kind, second_kind])"
+    )
+
+
+def _check_groups(advantage, rewards, present) -> None:
+  """Checks for groups along the last axis, and against groups of one, whose advantages are 0."""
+  if present.ndim == 1:
+    size = present.size
+    raise ValueError(
+      f"rewards must be [P, G], G samples of each of P prompts; got [{size}], which would be one "
+      f"group of {size}: reshape, rewards.reshape(P, G) and mask.reshape(P, G, T); for a single "
+      "group rewards[None], mask[None]; or pass group_ids"
+    )
+  if present.shape[-1] == 1 and traits_of(advantage).of_group:
+    raise ValueError(
+      f"rewards must hold groups of at least 2; got {list(rewards.shape)}, groups of one, whose "
+      f"advantage {describe(advantage)} is always 0: sample more responses per prompt, use "
+      "[P, G] with the samples of one prompt along the last axis, or "
+      "advantages.batch_standardize"
+    )
 
 
 def check_objective(objective: Any) -> None:

@@ -161,12 +161,6 @@ def gather(
 
   logs = {name: getattr(rollout, name, log_probs) for name in POLICIES}
   logs = {name: tokens(x) for name, x in logs.items() if x is not None}
-  if group_ids is not None:
-    remedy = "pass the group_ids that prepare got"
-    groups = _of_responses("group_ids", as_ids("group_ids", group_ids, remedy), rollout, places)
-  else:  # of a row in packed rows, of the axis before the tokens in others
-    samples = 1 if packed or rollout.mask.ndim < 2 else rollout.mask.shape[-2]
-    groups = places[0] // samples
   if rewards is not None:
     rewards = _of_responses("rewards", as_array("rewards", rewards), rollout, places)
   batch = Evidence(
@@ -177,13 +171,25 @@ def gather(
     column=column[order],
     advantages=tokens(np.broadcast_to(np.asarray(rollout.advantages), rollout.mask.shape)),
     weights=tokens(rollout.weights),
-    group=np.unique(groups, return_inverse=True)[1].reshape(-1),
+    group=_number_groups(group_ids, rollout, places),
     rewards=rewards,
     rows=len(mask),
     empty=int(np.sum(~mask.any(-1))),
   )
   _find_constants(batch)
   return batch
+
+
+def _number_groups(group_ids: Any, rollout: Rollout, places: tuple) -> np.ndarray:
+  """Numbers the group of each response from 0."""
+  if group_ids is not None:
+    remedy = "pass the group_ids that prepare got"
+    groups = _of_responses("group_ids", as_ids("group_ids", group_ids, remedy), rollout, places)
+  else:  # of a row in packed rows, of the axis before the tokens in others
+    packed = rollout.segment_ids is not None
+    samples = 1 if packed or rollout.mask.ndim < 2 else rollout.mask.shape[-2]
+    groups = places[0] // samples
+  return np.unique(groups, return_inverse=True)[1].reshape(-1)
 
 
 def _find_constants(batch: Evidence) -> None:

@@ -86,75 +86,115 @@ def sweep(
 
 
 def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_token):
-  length, vocabulary = tokens.size, head.unembedding.shape[0]
-  chunk, tile = CHIP if chip else CPU
-  chunk = min(tiling.chunk_size or chunk, length)
-  tile = min(tiling.tile_size or tile or vocabulary, vocabulary)
-  # The last tokens go in smaller chunks, so that they do not cost a whole one.
-  sizes = (chunk, chunk // 4) if chunk % 4 == 0 and chunk >= 256 else (chunk,)
-  dtype = head.dtype
+  chunk, tile = _sizes(tiling, chip, tokens.size, head.unembedding.shape[0])
   order, rank, active = _compact(mask, chunk)
   h, y, known, fields = jax.tree.map(
     lambda x: x.at[order].get(mode="fill", fill_value=0), (hidden, tokens, known, per_token)
   )
-
   # Of all tokens at once: in the loop a TPU's compiler would copy hidden states for its sake.
   own_logits = scale_logits(layout.over_vocabulary(own_products(h, head, y)), None, head)
   target = jnp.where(known, own_logits, -jnp.inf)
-
-  def of_chunk(size: int, start: jax.Array, carry: tuple) -> tuple:
-    outputs, gradients, buffer = carry
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-    own_h, own_y, counts = take(h), take(y), start + jnp.arange(size, dtype=jnp.int32) < active
-    powers = zeros(size) if slopes and tile == vocabulary else buffer
-    seen, powers = look(
-      lambda: take(h), head, own_y, take(target), counts, layout, tile, chip, powers
-    )
-    own = seen.outputs()
-    own = own._replace(log_probs=jnp.where(take(known), own.log_probs, jnp.nan))
-    own = jax.tree.map(lambda x: jnp.where(counts, x, 0), own)
-    outputs = jax.tree.map(lambda x, y: _put(x, y, start), outputs, own)
-    if slopes is None or powers is None:
-      return outputs, gradients, buffer
-    slope = slopes(own.log_probs, jax.tree.map(take, fields))
-    slope = jax.tree.map(lambda x: jnp.where(counts, x, 0).astype(dtype), slope)
-    empty = gradients._replace(hidden=jnp.zeros_like(own_h, dtype))
-    added = accumulate(own_h, head, own_y, seen, powers, slope, tile, chip, empty)
-    d_hidden = _put(gradients.hidden, added.hidden, start)
-    return outputs, added._replace(hidden=d_hidden), None if buffer is None else powers
-
-  def zeros(size: int) -> jax.Array:
-    # That the compiler cannot foresee: it must not hold the buffers of several loops at once.
-    zero = jnp.where(y[0] == jnp.iinfo(y.dtype).max, 1, 0)
-    return jnp.broadcast_to(zero.astype(powers_dtype(h, head, chip)), (vocabulary, size))
-
-  zero = jnp.zeros_like(y, dtype)
-  gradients = None if slopes is None else zero_gradients(h, head)
-  _, (outputs, gradients) = vary((y, (TokenLogProbs(zero, zero), gradients)))
-  start, end = jnp.zeros((), jnp.int32), layout.most(active)
-  if chip and chunk < length and tile == vocabulary and gradients is not None:
-    # The first chunk writes the unembedding's gradient, the others read and write it.
-    first = (outputs, gradients._replace(unembedding=None), None)
-    outputs, gradients, _ = of_chunk(chunk, start, first)
-    start += chunk
-  for size in sizes:
-    last = size == sizes[-1]
-    # More than three of the last small chunks are one whole chunk.
-    count = jnp.maximum(end - start + (size - 1 if last else size // 4 - 1), 0) // size
-    buffer = zeros(size) if slopes and tile < vocabulary else None
-    with jax.named_scope("last_chunks" if last else "chunks"):
-      outputs, gradients, _ = jax.lax.fori_loop(
-        0,
-        count,
-        lambda i, carry, size=size, start=start: of_chunk(size, start + i * size, carry),
-        (outputs, gradients, buffer),
-      )
-    start += count * size
+  chunks = _Chunks(h, head, y, known, target, fields, active, layout, slopes, tile, chip)
+  outputs, gradients = chunks.run(chunk, tokens.size)
   spread = lambda x: x.at[rank].get(mode="fill", fill_value=0)  # noqa: E731
   outputs = jax.tree.map(spread, outputs)
   if gradients is not None:
     gradients = gradients._replace(hidden=spread(gradients.hidden))
   return outputs, gradients
+
+
+def _sizes(tiling: Tiling, chip: bool, length: int, vocabulary: int) -> tuple[int, int]:
+  chunk, tile = CHIP if chip else CPU
+  chunk, tile = tiling.chunk_size or chunk, tiling.tile_size or tile or vocabulary
+  return min(chunk, length), min(tile, vocabulary)
+
+
+class _Chunks(NamedTuple):
+  """The active tokens, in front, and what is done with a chunk of them."""
+
+  hidden: jax.Array
+  head: Head
+  tokens: jax.Array
+  known: jax.Array
+  target: jax.Array
+  per_token: Any
+  active: jax.Array
+  layout: Layout
+  slopes: Callable | None
+  tile: int
+  chip: bool
+
+  @property
+  def whole(self) -> bool:
+    """Tells whether the vocabulary is one tile."""
+    return self.tile == self.head.unembedding.shape[0]
+
+  def run(self, chunk: int, length: int) -> tuple[TokenLogProbs, Gradients | None]:
+    """Takes one chunk after another."""
+    zero = jnp.zeros_like(self.tokens, self.head.dtype)
+    gradients = None if self.slopes is None else zero_gradients(self.hidden, self.head)
+    outputs, gradients = vary((self.tokens, (TokenLogProbs(zero, zero), gradients)))[1]
+    start, end = jnp.zeros((), jnp.int32), self.layout.most(self.active)
+    if self.chip and chunk < length and self.whole and gradients is not None:
+      # The first chunk writes the unembedding's gradient, the others read and write it.
+      first = (outputs, gradients._replace(unembedding=None), None)
+      outputs, gradients, _ = self.step(chunk, start, first)
+      start += chunk
+    # The last tokens go in smaller chunks, so that they do not cost a whole one.
+    sizes = (chunk, chunk // 4) if chunk % 4 == 0 and chunk >= 256 else (chunk,)
+    for size in sizes:
+      last = size == sizes[-1]
+      # More than three of the last small chunks are one whole chunk.
+      count = jnp.maximum(end - start + (size - 1 if last else size // 4 - 1), 0) // size
+      buffer = self.zeros(size) if self.slopes and not self.whole else None
+      with jax.named_scope("last_chunks" if last else "chunks"):
+        outputs, gradients, _ = jax.lax.fori_loop(
+          0,
+          count,
+          lambda i, carry, size=size, start=start: self.step(size, start + i * size, carry),
+          (outputs, gradients, buffer),
+        )
+      start += count * size
+    return outputs, gradients
+
+  def step(self, size: int, start: jax.Array, carry: tuple) -> tuple:
+    """Adds a chunk's results and gradients to those of others."""
+    outputs, gradients, buffer = carry
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+    h, y = take(self.hidden), take(self.tokens)
+    counts = start + jnp.arange(size, dtype=jnp.int32) < self.active
+    powers = self.zeros(size) if self.slopes and self.whole else buffer
+    seen, powers = look(
+      lambda: take(self.hidden),
+      self.head,
+      y,
+      take(self.target),
+      counts,
+      self.layout,
+      self.tile,
+      self.chip,
+      powers,
+    )
+    own = seen.outputs()
+    own = own._replace(log_probs=jnp.where(take(self.known), own.log_probs, jnp.nan))
+    own = jax.tree.map(lambda x: jnp.where(counts, x, 0), own)
+    outputs = jax.tree.map(lambda x, y: _put(x, y, start), outputs, own)
+    if self.slopes is None or powers is None:
+      return outputs, gradients, buffer
+    dtype = self.head.dtype
+    slope = self.slopes(own.log_probs, jax.tree.map(take, self.per_token))
+    slope = jax.tree.map(lambda x: jnp.where(counts, x, 0).astype(dtype), slope)
+    empty = gradients._replace(hidden=jnp.zeros_like(h, dtype))
+    added = accumulate(h, self.head, y, seen, powers, slope, self.tile, self.chip, empty)
+    d_hidden = _put(gradients.hidden, added.hidden, start)
+    return outputs, added._replace(hidden=d_hidden), None if buffer is None else powers
+
+  def zeros(self, size: int) -> jax.Array:
+    """Makes a buffer for the powers of a chunk."""
+    # That the compiler cannot foresee: it must not hold the buffers of several loops at once.
+    zero = jnp.where(self.tokens[0] == jnp.iinfo(self.tokens.dtype).max, 1, 0)
+    zero = zero.astype(powers_dtype(self.hidden, self.head, self.chip))
+    return jnp.broadcast_to(zero, (self.head.unembedding.shape[0], size))
 
 
 def _compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
