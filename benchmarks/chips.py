@@ -25,8 +25,8 @@ from jax.sharding import PartitionSpec as P
 import gpo_jax as gpo
 from benchmarks import hlo, report
 from benchmarks.device import both, full, linear, products
+from gpo_jax.linear.chunks import CHIP
 from gpo_jax.linear.mesh import axis_names_of
-from gpo_jax.linear.sweep import CHIP
 
 _SLICES = {  # the name of a slice of so many chips, and of the machine that holds it
   ("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v5e", 256): "v5e:16x16",

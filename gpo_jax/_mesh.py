@@ -1,4 +1,4 @@
-"""Arrays on a mesh of devices whose axes' shardings are part of an array's type."""
+"""Helpers for Explicit meshes, where a sharding is part of an array's type, and for shard_map."""
 
 import functools
 from typing import Any

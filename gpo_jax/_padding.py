@@ -1,8 +1,9 @@
 """The padding guarantee: what a masked position holds is invisible, bit for bit.
 
 Inputs are cleaned once, where they enter: validated, converted to one dtype, without gradient but
-that of the log-probabilities, and 0 wherever the mask is 0. No function below can meet what was
-there, in value or in gradient, so none masks again.
+that of the log-probabilities, and 0 wherever the mask is 0. No slot function can meet what was
+there, in value or in gradient, so none has to guard against it. Of hidden states `linear.chunks`
+gathers the active ones instead.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Sums along the token axis: over rows that hold one response, or several packed side by side.
 
-Compiled as a whole also where the caller is not: operation by operation they would be compiled too.
+Jitted as a whole, so that eager callers do not compile each operation.
 """
 
 import functools

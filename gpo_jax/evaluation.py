@@ -1,4 +1,4 @@
-"""The equation, evaluated from clean inputs, and how it is compiled.
+"""The equation of an objective, evaluated from clean inputs, and how it is compiled.
 
 loss = Σ_t weight_t (−factor_t surrogate(level(log_ratio))_t + β divergence_t)
 """

@@ -1,7 +1,7 @@
-"""Levels: whose likelihood ratio the surrogate sees, a token's or a response's (GSPO's among them).
+"""Levels: whether the surrogate sees each token's likelihood ratio or its response's (GSPO).
 
 Each is `(log_ratio, rollout, *, …) -> log_ratio`, `[..., T]` to `[..., T]`: a level of responses
-gives every token its response's value, so that weights summing to a response's share count it once.
+gives every token its response's value; weights that sum to one share per response count it once.
 In a packed row each response has its own. One of your own is three lines with `rollout.total` and
 `rollout.mean`.
 """
@@ -57,8 +57,8 @@ def sequence_token(log_ratio: jax.Array, rollout: Rollout) -> jax.Array:
 
       log s_t = sg(log s) + log ρ_t − sg(log ρ_t)
 
-  The gradient equals that of `sequence` if all tokens of a response have one advantage; use it if
-  advantages differ from token to token.
+  The gradient equals that of `sequence` if all tokens of a response have one advantage and one
+  correction factor; use it if advantages differ from token to token.
 
   Args:
     log_ratio: log ρ_t, `[..., T]`.
@@ -136,12 +136,12 @@ def clipped_sequence(
   low: chex.Numeric = 0.4,
   high: chex.Numeric | None = None,
 ) -> jax.Array:
-  """Clips each token's log-ratio on the side its advantage rewards, then averages as `sequence`.
+  """Clips each token's log-ratio, above if A > 0, else below, then averages as `sequence`.
 
       log s = (1/L) Σ_t (min(log ρ_t, high) if A > 0 else max(log ρ_t, −low))
 
   With the surrogate `importance_weighted` this is GMPO. At a limit the gradient is the unclipped
-  one. A = 0 is clipped like A < 0, which the loss cannot show: there A multiplies by 0.
+  one. A = 0 is clipped like A < 0, which shows only if advantages differ within a response.
 
   Args:
     log_ratio: log ρ_t, `[..., T]`.

@@ -42,15 +42,15 @@ class Objective:
   epsilon_low=0.1)`) and `beta` are leaves, its functions are structure. So a schedule compiles
   once, `jax.vmap` over objectives is a sweep and `jax.grad` through one computes meta-gradients: of
   `beta` and of the numbers of all slots but `advantage` and `weighting`, whose results are data and
-  carry no gradient. Bind numbers and arrays only; a lambda closes over anything else. Outside of
-  `jax.jit` the package's functions are compiled once; functions of your own run operation by
-  operation, with what they close over then.
+  carry no gradient. Bind numbers and arrays only, and close over anything else in a lambda. Outside
+  of `jax.jit` the package's functions are compiled once; functions of your own run operation by
+  operation, and see the current values of what they close over.
 
   Attributes:
     surrogate: a `Surrogate`, maximised; see `gpo_jax.surrogates`.
     level: a `Level`; see `gpo_jax.levels`.
-    advantage: an `Advantage`; see `gpo_jax.advantages`. None if advantages are always given: by a
-      critic (`ppo`), or not at all (`distill`).
+    advantage: an `Advantage`; see `gpo_jax.advantages`. None if `prepare` does not compute them: a
+      critic supplies them (`ppo`), or none are needed (`distill`).
     weighting: a `Weighting`; see `gpo_jax.weightings`.
     divergence: a `Divergence`, minimised, or None; see `gpo_jax.divergences`.
     beta: the divergence's weight, a scalar; None without a divergence.
@@ -123,17 +123,18 @@ class Objective:
 
     Args:
       rewards: `[..., G]`, G samples of one prompt along the last axis; for packed rows `[..., S]`,
-        the reward of segment s of a row at s − 1, and anything if a row has fewer segments.
+        the reward of segment s of a row at s − 1; unused entries may hold anything.
       mask: the tokens that count, `[..., G, T]`, bool or 0/1.
       old_log_probs: log π_old, `[..., G, T]`; None if that is the current policy.
       advantages: in place of rewards, of responses (of the shape of rewards, or `[..., G, 1]`) or
-        of tokens, `[..., G, T]`; what has the mask's shape is of tokens. An objective with a
+        of tokens, `[..., G, T]`; an array of the mask's shape is per token. An objective with a
         divergence and no advantage function needs neither: advantages are 0 then, and the
         divergence alone is minimised.
-      ref_log_probs: log π_ref, `[..., G, T]`; a divergence needs it.
-      sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; corrections need it.
-      segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, which is checked
-        where their values are known, and anything at masked tokens.
+      ref_log_probs: log π_ref, `[..., G, T]`; a divergence from a reference policy needs it.
+      sampler_log_probs: log-probabilities from the sampler, `[..., G, T]`; importance weights and
+        `reject` need it, masks of drift compare with it if it is given.
+      segment_ids: of packed rows, `[..., G, T]` integers: 1, 2, … in this order, and anything at
+        masked tokens. Where values are known, ids below 1 and decreasing ones raise.
       group_ids: the prompt of each reward, integers of rewards' shape, for groups that are not the
         last axis: without it the segments of a packed row are one group.
 
@@ -223,7 +224,7 @@ class Objective:
 
         losses_t = −factor_t · surrogate_t + β · divergence_t,   Σ_t w_t losses_t = loss
 
-    A mean over a microbatch of these is a mean of means: the weights are what makes microbatches of
+    Averaging these per microbatch gives a mean of means: the weights are what makes microbatches of
     unequal size add up.
 
     Args:

@@ -154,8 +154,8 @@ def gspo(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4)
 def gspo_token(*, epsilon_low: chex.Numeric = 3e-4, epsilon_high: chex.Numeric = 4e-4) -> Objective:
   """GSPO-token: GSPO's ratio in value, each token's own gradient.
 
-  The same as `gspo` while a response has one advantage. Choose it when advantages differ from token
-  to token.
+  The same as `gspo` while a response has one advantage and one correction factor. Choose it when
+  advantages differ from token to token.
 
   Reference: Zheng et al. (2025), arXiv:2507.18071, Eq. 13 and 14.
   """
@@ -277,7 +277,8 @@ def deepseek_v32(
   """DeepSeek-V3.2: GRPO with the unbiased KL, and without bad responses that have drifted away.
 
   The penalty's gradient is that of the KL off-policy too, and stale negatives stop pushing. Choose
-  it off-policy with a reference policy. The paper does not disclose β and δ: those here are ours.
+  it off-policy with a reference policy, and pass the log-probabilities of the policy that sampled
+  as `old_log_probs`. The paper does not disclose β and δ: those here are ours.
 
   Args:
     beta: weight of the divergence `unbiased`.
@@ -334,7 +335,8 @@ def vespo(
   """VESPO: a smooth kernel of the whole response's ratio, instead of a clip.
 
   It needs no division by length and fades out responses whose ratio is far from 1: bad ones sooner
-  below 1, good ones sooner above. Choose it for asynchronous training with large staleness.
+  below 1, good ones sooner above. Choose it for asynchronous training with large staleness, and
+  pass the log-probabilities of the policy that sampled as `old_log_probs`.
 
   Args:
     k_pos: k of the kernel where A ≥ 0.
@@ -397,7 +399,8 @@ def topr() -> Objective:
   """TOPR: REINFORCE with bad responses tapered by their likelihood ratio, good ones left alone.
 
   Good samples teach even when they are old, bad ones stop once they are unlikely. Choose it for
-  fully off-policy data.
+  fully off-policy data, and pass the log-probabilities of the policy that sampled as
+  `old_log_probs`.
 
   Reference: Le Roux et al. (2025), arXiv:2503.14286.
   """

@@ -102,7 +102,7 @@ def leave_one_out(rewards: jax.Array, where: jax.Array | None = None) -> jax.Arr
       f"leave_one_out needs groups of at least 2; got rewards {list(rewards.shape)}, a group of 1: "
       "sample more responses per prompt, or use batch_standardize"
     )
-  # R_i is 1/G of the mean: without it, what is left is G/(G−1) as far away.
+  # Excluding R_i from the mean scales its deviation by G/(G−1).
   return deviations(rewards, where, count, 1 / jnp.maximum(count - 1, 1))
 
 
@@ -129,7 +129,7 @@ def max_rl(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
 
 @slot_function(of_group=True)
 def pass_at_k(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
-  """Rewards only the group's best sample, by its lead over the second best.
+  """Rewards only the group's best sample, with its lead over the second best.
 
       A_best = R_(1) − R_(2),   0 for all others
 
@@ -157,10 +157,13 @@ def optimal_baseline(
 
       A_i = R_i − Σ_j L_j R_j / Σ_j L_j
 
-  The baseline of least variance if the squared norms of responses' gradients grow with length. In
-  an objective: `objective.replace(advantage=partial(optimal_baseline, lengths=mask.sum(-1)))`. For
-  packed rows with S rewards each, the lengths are `jnp.sum(mask * (segment_ids == s), -1)` for s in
-  1 … S, stacked along the last axis.
+  The baseline of least variance if the squared norms of responses' gradients are proportional to
+  length. In an objective:
+
+      objective.replace(advantage=partial(optimal_baseline, lengths=mask.sum(-1)))
+
+  In packed rows with S rewards, stack `jnp.sum(mask * (segment_ids == s), -1)` for s = 1 … S along
+  the last axis.
 
   Args:
     lengths: L ≥ 0, tokens per response, `[..., G]`; with `group_ids` flat, `lengths.ravel()`. In a
@@ -186,11 +189,11 @@ def optimal_baseline(
 
 @slot_function(of_group=True)
 def informative(rewards: jax.Array, where: jax.Array | None = None) -> jax.Array:
-  """Marks the samples of groups with something to learn: whose rewards are not all equal.
+  """Marks the samples of groups whose rewards are not all equal.
 
       max(R) > min(R)
 
-  With the mask, groups without drop out of every denominator, as if they had not been sampled:
+  Combined with the mask, other groups leave every denominator, as if they had not been sampled:
   `prepare(rewards, mask & informative(rewards)[..., None])`. Without it their tokens count, with
   advantage 0. Dynamic sampling (DAPO) is the former, with more prompts sampled in their place. For
   groups told apart by ids: `by_group(informative, rewards, group_ids)`.

@@ -12,6 +12,11 @@ from gpo_jax.types import Rollout
 
 
 def _response_log_ratio(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
+  if rollout.old_log_probs is None and rollout.sampler_log_probs is not None:
+    raise ValueError(
+      "vespo and topr compare with rollout.old_log_probs; got sampler_log_probs alone: pass the "
+      "sampler's log-probabilities to prepare as old_log_probs"
+    )
   log_ratio = jax.lax.stop_gradient(log_probs - old(log_probs, rollout))
   return bound(levels.sequence_product(log_ratio, rollout))
 
@@ -33,10 +38,14 @@ def vespo(
   1 on-policy. For the surrogate `reinforce`.
 
   Args:
+    rollout: ρ is relative to its old_log_probs: the policy that sampled.
     k_pos: k > 0 if A ≥ 0.
     lambda_pos: λ > 0 if A ≥ 0.
     k_neg: k > 0 if A < 0.
     lambda_neg: λ > 0 if A < 0.
+
+  Raises:
+    ValueError: if the rollout has sampler_log_probs and no old_log_probs: W would be 1.
 
   Example:
     >>> old = jnp.log(jnp.array([0.5, 0.5]))
@@ -61,6 +70,12 @@ def topr(log_probs: jax.Array, rollout: Rollout) -> jax.Array:
       1 if A ≥ 0 else clip(Π_t ρ_t, 0, 1)
 
   For the surrogate `reinforce`.
+
+  Args:
+    rollout: ρ is relative to its old_log_probs: the policy that sampled.
+
+  Raises:
+    ValueError: if the rollout has sampler_log_probs and no old_log_probs: ρ would be 1.
 
   Example:
     >>> old = jnp.log(jnp.array([[0.5, 0.5], [0.5, 0.5]]))

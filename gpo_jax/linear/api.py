@@ -11,12 +11,12 @@ import numpy as np
 from gpo_jax._inputs import as_mask, check_same_shape
 from gpo_jax._mesh import vary
 from gpo_jax.evaluation import enter, evaluate, is_all_ours
-from gpo_jax.linear import distributions, few, one_pass, two_passes
+from gpo_jax.linear import distributions, one_pass, selected, two_passes
+from gpo_jax.linear.chunks import Tiling, as_tiling
 from gpo_jax.linear.derivatives import reverse_only
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head, as_head
 from gpo_jax.linear.mesh import Sharding, layout_of
-from gpo_jax.linear.sweep import Tiling, as_tiling
 from gpo_jax.log_probs import as_tokens, check_function
 from gpo_jax.objective import Objective, check_objective
 from gpo_jax.types import Rollout, Terms
@@ -36,13 +36,13 @@ def linear_token_log_probs(
 
       log π_t = z_{y_t} − log Σ_v exp(z_v),   z = softcap(h_t Wᵀ + b) / temperature
 
-  Differentiable, once, in hidden states, unembedding and bias, through entropies too. The backward
-  pass recomputes the logits: four matrix products of tokens × V × H instead of three.
+  Has first derivatives with respect to hidden states, unembedding and bias, through entropies too.
+  The backward pass recomputes the logits: four matrix products of tokens × V × H instead of three.
 
-  With K ids per position, one pass over the vocabulary serves all of them; beyond it each costs a
-  row of W per position. With a support, the tokens that the sampler's top-k or top-p kept, v runs
-  over these only: there is no pass over the vocabulary at all. A sampler that truncates without
-  this makes the ratio of an unchanged policy differ from 1.
+  With K ids per position, one pass over the vocabulary serves all of them; each additional id reads
+  one row of W per position. With a support, the tokens that the sampler's top-k or top-p kept, v
+  runs over these only: there is no pass over the vocabulary at all. A sampler that truncates
+  without this makes the ratio of an unchanged policy differ from 1.
 
   On many devices pass `sharding` for arrays on a mesh with Auto axes; arrays on Explicit axes, and
   a call inside of `jax.shard_map`, need nothing. Without it an Auto mesh computes the same, slowly:
@@ -56,8 +56,8 @@ def linear_token_log_probs(
       An id outside gives NaN.
     mask: the tokens that count, `[..., T]`; None for all. The others get 0, may hold anything, and
       cost nothing.
-    support: ids of the tokens that the sampler kept, `[..., T, S]`, in any order, negative for
-      none; None for the whole vocabulary. A token outside of its support is −inf.
+    support: ids of the tokens that the sampler kept, `[..., T, S]`, in any order, with
+      negative ids as padding; None for the whole vocabulary. A token outside of it is −inf.
     tiling: how much is computed at a time.
     sharding: how tokens and unembedding lie on a mesh.
 
@@ -97,9 +97,9 @@ def linear_token_log_probs(
 def _log_probs(tiling, layout, *arguments):
   hidden, head, ids, mask, support = vary(arguments)
   if support is not None:
-    return few.within(layout, hidden, head, ids, mask, support)
+    return selected.within(layout, hidden, head, ids, mask, support)
   if ids.shape[-1] > 1:
-    return few.log_probs(tiling, layout, hidden, head, ids, mask)
+    return selected.log_probs(tiling, layout, hidden, head, ids, mask)
   outputs = two_passes.log_probs(tiling, layout, hidden, head, ids[..., 0], mask)
   return outputs._replace(log_probs=outputs.log_probs[..., None])
 
@@ -118,10 +118,11 @@ def linear_loss(
 
   An objective is a sum over tokens with fixed weights. If a token's gradient depends only on that
   token, one pass over the vocabulary computes loss and gradients, in three matrix products of
-  tokens × V × H, as if the logits were kept. The package's functions of tokens are declared so, and
-  yours may be, with `gpo.tokenwise`. All other objectives (ratios or divergences of responses,
-  functions of your own) take the two passes of `linear_token_log_probs`. Outside of `jax.jit` a
-  function of your own is compiled in each call, with what it closes over then.
+  tokens × V × H, as if the logits were kept. The package's token-level functions are declared
+  tokenwise; declare yours with `gpo.tokenwise`. All other objectives (ratios, divergences or
+  corrections of responses, functions of your own) take the two passes of `linear_token_log_probs`.
+  Outside of `jax.jit` a function of your own is compiled in each call, with what it closes over
+  then.
 
   Args:
     objective: the objective; its numbers are differentiable too.
@@ -194,7 +195,7 @@ def linear_divergence(
 
       function(log π, log π_ref)_t,   such as KL_t = Σ_v p_v (log p_v − log q_v)
 
-  As an objective's divergence, close over it: `objective.replace(divergence=lambda *_: kl)`. On a
+  As an objective's divergence, close over it: `replace(divergence=lambda *_: kl, beta=0.01)`. On a
   mesh each unembedding is gathered, once; devices that hold parts of the vocabulary share the
   tokens instead.
 
@@ -205,7 +206,7 @@ def linear_divergence(
     ref_hidden: h of the reference policy or the teacher, `[..., T, H']`; no gradient flows to it.
     ref_head: its unembedding, `[V, H']`, or a `Head`; no gradient flows to it.
     mask: the tokens that count, `[..., T]`; None for all. The others get 0, and may hold anything.
-    tiling: its chunk_size is used, 256 if None; several `[chunk_size, V]` are held.
+    tiling: its chunk_size is used, 256 if None; holds several `[chunk_size, V]` arrays.
     sharding: how tokens and both unembeddings lie on a mesh; see `linear_token_log_probs`.
 
   Returns:

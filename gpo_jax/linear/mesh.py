@@ -1,4 +1,4 @@
-"""The same on many devices: what each computes of its own, and what it tells the others.
+"""Hidden states and unembedding on many devices: what each computes, and what it tells the others.
 
 Before the loop the unembedding is gathered, once, unless it is sharded over the vocabulary only, on
 axes that hold no tokens: then each device sees its part of the vocabulary, and a few numbers per

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from gpo_jax.evaluation import evaluate, in_loss
 from gpo_jax.linear.backward import Slopes
+from gpo_jax.linear.chunks import Tiling
 from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head
 from gpo_jax.linear.mesh import Layout
-from gpo_jax.linear.sweep import Tiling
 from gpo_jax.linear.two_passes import in_dtypes, on_devices
 from gpo_jax.objective import Objective
 from gpo_jax.traits import traits_of

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from gpo_jax.linear.backward import Gradients, Slopes
+from gpo_jax.linear.chunks import Tiling, over_chunks
 from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head
 from gpo_jax.linear.mesh import Layout
-from gpo_jax.linear.sweep import Tiling, sweep
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -65,7 +65,7 @@ def on_devices(
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = jax.tree.map(jnp.ravel, per_token)
     slopes_of = None if slopes is None else functools.partial(slopes, numbers)
-    outputs, gradients = sweep(
+    outputs, gradients = over_chunks(
       tiling, layout, rows, head, tokens.ravel(), mask.ravel(), slopes_of, flat
     )
     outputs = jax.tree.map(lambda x: x.reshape(tokens.shape), outputs)

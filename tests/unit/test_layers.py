@@ -28,9 +28,9 @@ LINEAR = [
   {"mesh"},
   {"forward"},
   {"backward"},
-  {"sweep"},
+  {"chunks"},
   {"two_passes"},
-  {"one_pass", "few", "distributions"},
+  {"one_pass", "selected", "distributions"},
   {"api"},
   {"__init__"},
 ]

@@ -77,6 +77,17 @@ def test_a_nan_setting_of_a_correction_is_never_hidden(correction, setting):
   assert jnp.isnan(traced(np.float32(np.nan))[BATCH.mask]).any()
 
 
+@pytest.mark.parametrize("preset", [gpo.vespo, gpo.topr])
+def test_a_ratio_of_responses_is_of_the_old_policy_and_never_of_nothing(preset):
+  objective = preset()
+  stale = objective(BATCH.log_probs, BATCH.prepare(objective))[1]
+  assert np.ptp(stale.factor[BATCH.mask]) > 0.1
+  current = BATCH.prepare(objective, old_log_probs=None, sampler_log_probs=None)
+  np.testing.assert_array_equal(objective(BATCH.log_probs, current)[1].factor[BATCH.mask], 1)
+  with pytest.raises(ValueError, match="got sampler_log_probs alone: pass the sampler's"):
+    objective(BATCH.log_probs, BATCH.prepare(objective, old_log_probs=None))
+
+
 @pytest.mark.parametrize("drift", [-200.0, 200.0])
 def test_a_response_far_off_weighs_what_it_would_at_the_bound(drift):
   far = np.full((2, 3), drift / 3, np.float32)

@@ -9,10 +9,10 @@ import pytest
 
 import gpo_jax as gpo
 from gpo_jax.linear.backward import Slopes
+from gpo_jax.linear.chunks import _over_chunks
 from gpo_jax.linear.forward import look
 from gpo_jax.linear.head import as_head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
-from gpo_jax.linear.sweep import _sweep
 from tests.support.quick import jit
 
 RNG = np.random.default_rng(0)
@@ -120,8 +120,8 @@ def test_gradients_of_probable_and_improbable_tokens_on_every_path(chip, scale, 
   mask = jnp.arange(length) != 4
   given = tuple(jnp.asarray(RNG.normal(size=length), jnp.float32) for _ in range(2))
   head = gpo.Head(unembedding, None, None, jnp.float32(1))
-  sweep = jit(functools.partial(_sweep, gpo.Tiling(8), Layout(), lambda _, x: Slopes(*x), chip))
-  outputs, gradients = sweep(hidden, head, tokens, jnp.ones(length, bool), mask, given)
+  run = jit(functools.partial(_over_chunks, gpo.Tiling(8), Layout(), lambda _, x: Slopes(*x), chip))
+  outputs, gradients = run(hidden, head, tokens, jnp.ones(length, bool), mask, given)
 
   def wanted(hidden, unembedding):
     logits = hidden @ unembedding.T

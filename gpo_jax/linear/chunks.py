@@ -49,7 +49,7 @@ def as_tiling(tiling: Tiling | None) -> Tiling:
   return Tiling(*(None if size is None else as_size(name, size) for name, size in sizes))
 
 
-def sweep(
+def over_chunks(
   tiling: Tiling,
   layout: Layout,
   hidden: jax.Array,
@@ -79,13 +79,13 @@ def sweep(
   # The platform that the program is compiled for need not be the one that traces it.
   outputs, gradients = jax.lax.platform_dependent(
     *arguments,
-    cpu=functools.partial(_sweep, tiling, layout, slopes, False),
-    default=functools.partial(_sweep, tiling, layout, slopes, True),
+    cpu=functools.partial(_over_chunks, tiling, layout, slopes, False),
+    default=functools.partial(_over_chunks, tiling, layout, slopes, True),
   )
   return outputs, None if gradients is None else layout.reduce(gradients)
 
 
-def _sweep(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_token):
+def _over_chunks(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_token):
   chunk, tile = _sizes(tiling, chip, tokens.size, head.unembedding.shape[0])
   order, rank, active = _compact(mask, chunk)
   h, y, known, fields = jax.tree.map(

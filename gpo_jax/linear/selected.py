@@ -1,4 +1,4 @@
-"""Log-probabilities at a few ids per position, of the whole vocabulary or of the sampler's support.
+"""Log-probabilities at selected ids per position, of the whole vocabulary or of a support.
 
 Their logits are products with rows of the unembedding, one id of all positions at a time, so that
 no `[..., T, K, H]` is held; gradients are added to the rows that were read.
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from gpo_jax._mesh import vary
 from gpo_jax.linear import two_passes
 from gpo_jax.linear.backward import Gradients, zero_gradients
+from gpo_jax.linear.chunks import Tiling
 from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import TokenLogProbs
 from gpo_jax.linear.head import Head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
-from gpo_jax.linear.sweep import Tiling
 
 
 def log_probs(

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpo_jax as gpo
+from gpo_jax.linear.chunks import _compact, _over_chunks, as_tiling
 from gpo_jax.linear.mesh import Layout
-from gpo_jax.linear.sweep import _compact, _sweep, as_tiling
 from gpo_jax.linear.two_passes import Slopes
 from tests.support import linear
 from tests.support.batches import PRESETS
@@ -91,7 +91,7 @@ def test_any_shape_and_tiling(shape, vocabulary, chunk_size, tile_size, seed):
 
 
 def chunks_run(mask, tiling, chip=False):
-  """The sizes of the chunks that a sweep runs, in order."""
+  """The sizes of the chunks that run, in order."""
   size, width, vocabulary = mask.size, 4, 8
   hidden, unembedding, _, tokens = linear.draw(0, (size,), vocabulary, width)
   hidden = jnp.where(mask[:, None], hidden, jnp.nan)
@@ -104,11 +104,11 @@ def chunks_run(mask, tiling, chip=False):
     return Slopes(jnp.ones_like(log_probs), None)
 
   @jax.jit
-  def sweep(hidden, mask):
+  def run(hidden, mask):
     known = jnp.ones(size, bool)
-    return _sweep(tiling, Layout(), slopes, chip, hidden, head, tokens, known, mask, mask)
+    return _over_chunks(tiling, Layout(), slopes, chip, hidden, head, tokens, known, mask, mask)
 
-  outputs, gradients = sweep(hidden, jnp.asarray(mask))
+  outputs, gradients = run(hidden, jnp.asarray(mask))
   jax.block_until_ready(gradients)
   jax.effects_barrier()
   assert not jnp.isnan(gradients.hidden).any()
