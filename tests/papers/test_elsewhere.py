@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
-from gpo_jax import corrections, divergences, levels, surrogates
+from gpo_jax import advantages, corrections, divergences, levels, surrogates
 from tests.support.batches import batch
 
 
@@ -102,6 +102,34 @@ def test_delta_of_two_sided_clipping_is_max_ratio(x64):
 
 def active(given, x):
   return np.where(given.mask, x, 0) / given.mask.sum()
+
+
+@pytest.mark.parametrize(("eps", "expected"), [(1e-6, 0.007), (1e-9, 0.8)])
+def test_equal_rewards_elsewhere_are_rounding_over_eps(eps, expected):
+  rewards = np.full(7, 0.1, np.float32)
+  textbook = (rewards - rewards.mean()) / (rewards.std(ddof=1) + np.float32(eps))
+  np.testing.assert_allclose(np.abs(textbook).max(), expected, rtol=0.1)
+  assert not np.any(advantages.standardize(rewards, eps=eps))
+
+
+def test_trls_default_of_cispo_divides_the_gradient_by_five():
+  """On-policy every ratio is 1, and the bound of 0.2 is the weight."""
+  given = data()
+  gradients = []
+  for high in (0.2, 4.0):
+    objective = gpo.cispo(high=high)
+    rollout = given.prepare(objective, old_log_probs=None, sampler_log_probs=None)
+    loss = lambda x, objective=objective, rollout=rollout: objective(x, rollout)[0]
+    gradients.append(np.asarray(jax.grad(loss)(given.log_probs)))
+  np.testing.assert_allclose(5 * gradients[0], gradients[1], rtol=1e-5)
+  assert np.any(gradients[0])
+
+
+def test_verls_k3_has_no_gradient_beyond_its_clamp():
+  """k3 of log π_ref − log π passes 10 above 2.61 and below −11."""
+  k3 = lambda delta: np.exp(delta) - delta - 1
+  assert k3(2.60) < 10 < k3(2.62)
+  assert k3(-10.9) < 10 < k3(-11.0)
 
 
 def test_verls_k2_is_not_bounded():
