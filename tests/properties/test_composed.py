@@ -270,10 +270,10 @@ def test_a_composed_objective_is_that_of_the_full_logits(choices):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_thousands_of_composed_objectives_are_those_of_the_full_logits(surrogate):
+def test_hundreds_of_composed_objectives_are_those_of_the_full_logits(surrogate):
   rest = {name: strategy for name, strategy in CHOICES.items() if name != "surrogate"}
 
-  @how(max_examples=60)
+  @how(max_examples=20)
   @given(st.fixed_dictionaries(rest))
   def run(choices):
     check(surrogate=surrogate, **choices)
