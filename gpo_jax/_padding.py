@@ -41,14 +41,19 @@ def clean(log_probs: Any, rollout: Rollout, name: str = "log_probs") -> tuple[ja
   return jnp.where(mask, log_probs, 0), rollout.replace(**fields)
 
 
-def validate(rollout: Rollout) -> Rollout:
-  """Checks that a rollout's arrays fit its mask; gives advantages a token axis."""
+def mask_of(rollout: Rollout) -> jax.Array:
+  """Checks for a rollout, and returns its mask as bools."""
   if not isinstance(rollout, Rollout):
     raise ValueError(
       f"rollout must be a Rollout, from `prepare`; got {type(rollout).__name__}: call "
       "objective(log_probs, rollout)"
     )
-  mask = as_mask("mask", rollout.mask)
+  return as_mask("mask", rollout.mask)
+
+
+def validate(rollout: Rollout) -> Rollout:
+  """Checks that a rollout's arrays fit its mask; gives advantages a token axis."""
+  mask = mask_of(rollout)
   fields = {name: getattr(rollout, name) for name in _PER_TOKEN}
   needed = {k: v for k, v in fields.items() if v is not None or k == "weights"}
   convert = {name: as_log_probs if name.endswith("log_probs") else as_array for name in needed}

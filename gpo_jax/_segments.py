@@ -21,9 +21,9 @@ def _starts(segment_ids: jax.Array) -> jax.Array:
 def fill(segment_ids: jax.Array, mask: jax.Array) -> jax.Array:
   """Gives each masked token the id of the active token before it: segments stay contiguous.
 
-  Ids are 1, 2, … in order, so that the last one is the largest so far.
+  Ids are 1, 2, … in order, so that the last one is the largest so far, and 1 before the first.
   """
-  active = jnp.where(mask, segment_ids, 0)
+  active = jnp.where(mask, segment_ids, 1)
   return jnp.where(mask, segment_ids, jax.lax.cummax(active, axis=active.ndim - 1))
 
 

@@ -65,9 +65,8 @@ def as_data(name: str, value: Any) -> Any:
       value = functools.partial(
         functools.partial(inner.func, *inner.args, **inner.keywords), *value.args, **value.keywords
       )
-    _check_none(value)
     args = [as_data(name, arg) for arg in value.args]
-    keywords = {key: as_data(key, bound) for key, bound in value.keywords.items()}
+    keywords = {key: as_data(key, bound) for key, bound in _without_none(value).items()}
     function = Partial(value.func, *args, **keywords)
     return _floats(function) if traits_of(function).ours else function
   if callable(value):
@@ -94,8 +93,16 @@ def _floats(function: Partial) -> Partial:
   """Converts what is bound to a function of this package, whose numbers are real, to floats."""
   traits = traits_of(function)
 
+  parameters = inspect.signature(function.func).parameters
+
   def convert(key: str, value: Any) -> Any:
-    if value is None or isinstance(value, Partial):
+    default = parameters[key].default if key in parameters else None
+    if isinstance(value, Partial) != inspect.isfunction(default):
+      kind = "a function" if inspect.isfunction(default) else "a number"
+      raise ValueError(
+        f"{key} of {describe(Partial(function.func))} must be {kind}; got {describe(value)}"
+      )
+    if isinstance(value, Partial):
       return value
     if key not in traits.arrays:
       check_scalar(key, value)
@@ -107,15 +114,18 @@ def _floats(function: Partial) -> Partial:
   return Partial(function.func, *function.args, **keywords)
 
 
-def _check_none(bound: functools.partial) -> None:
-  """Checks that None is bound only to a parameter whose default it is."""
-  for name in [name for name, value in bound.keywords.items() if value is None]:
-    parameter = inspect.signature(bound.func).parameters.get(name)
-    if parameter is not None and parameter.default is not None:
+def _without_none(bound: functools.partial) -> dict[str, Any]:
+  """Leaves out None where it is the default, so that a file, which cannot say it, loses nothing."""
+  nones = [name for name, value in bound.keywords.items() if value is None]
+  parameters = inspect.signature(bound.func).parameters if nones else {}
+  named = [name for name in nones if name in parameters]
+  for name in named:
+    if parameters[name].default is not None:
       raise ValueError(
         f"{name} of {describe(Partial(bound.func))} must be a number; got None: bind a number, or "
         "leave it out for its default"
       )
+  return {name: value for name, value in bound.keywords.items() if name not in named}
 
 
 def check_scalar(name: str, value: Any) -> None:

@@ -112,6 +112,8 @@ def _stack(metrics: Mapping | Sequence[Mapping]) -> dict[str, jax.Array]:
     if shapes := {x.shape for x in parts.values() if x.ndim != 1}:
       raise ValueError(f"{expected}, stacked along one axis; got shapes {sorted(shapes)}")
   else:
+    if not isinstance(metrics, Sequence) or not all(isinstance(x, Mapping) for x in metrics):
+      raise ValueError(f"{expected}: a sequence of dicts, or one of arrays; got {metrics!r:.60}")
     names = [set(part) for part in metrics]
     if not names or any(other != names[0] for other in names):
       got = sorted(set.union(*names) - set.intersection(*names)) if names else "an empty sequence"

@@ -313,12 +313,11 @@ def _check_kinds(advantage, rewards, mask, present, segment_ids, group_ids) -> N
 
 def _check_groups(advantage, rewards, present) -> None:
   """Checks for groups along the last axis, and against groups of one, whose advantages are 0."""
-  if present.ndim == 1:
-    size = present.size
+  if present.ndim < 2:
     raise ValueError(
-      f"rewards must be [P, G], G samples of each of P prompts; got [{size}], which would be one "
-      f"group of {size}: reshape, rewards.reshape(P, G) and mask.reshape(P, G, T); for a single "
-      "group rewards[None], mask[None]; or pass group_ids"
+      f"rewards must be [P, G], G samples of each of P prompts; got {list(present.shape)}, which "
+      f"would be one group of {present.size}: reshape, rewards.reshape(P, G) and "
+      "mask.reshape(P, G, T); for a single group rewards[None], mask[None]; or pass group_ids"
     )
   if present.shape[-1] == 1 and traits_of(advantage).of_group:
     raise ValueError(

@@ -1,9 +1,9 @@
 """Algorithms, each one expression: the paper's choices of functions, its constants as defaults.
 
-Every preset returns an `Objective`; `replace(slot=…)` returns another one. If a preset has `beta`,
-None removes the divergence and with it the need for a reference policy. A preset with a clip has
-`epsilon_low` and `epsilon_high`, how far a ratio may fall below 1 and rise above it; None makes the
-second equal to the first.
+Every preset returns an `Objective`; `replace(slot=…)` returns another one. Where `beta` may be
+None, that removes the divergence and with it the need for a reference policy. A preset with a clip
+has `epsilon_low` and `epsilon_high`, how far a ratio may fall below 1 and rise above it; None makes
+the second equal to the first.
 
 To change a constant that a preset does not name, bind it:
 `grpo().replace(advantage=partial(advantages.standardize, ddof=0, eps=1e-6))`.

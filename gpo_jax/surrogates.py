@@ -32,8 +32,8 @@ def clip(
   Args:
     epsilon_low: ε_low ≥ 0.
     epsilon_high: ε_high ≥ 0; ε_low if None.
-    max_ratio: a cap ≥ 1 on ρ, which a clip leaves unbounded for A < 0; above 1+ε_high it changes
-      nothing else. None disables it.
+    max_ratio: a cap ≥ 1 on ρ, which a clip leaves unbounded for A < 0; there one below 1+ε_high
+      counts as 1+ε_high. None disables it.
 
   Example:
     >>> log_ratio = jnp.log(jnp.array([1.5, 0.5, 1.5, 0.5]))
@@ -51,7 +51,8 @@ def clip(
   limit = jnp.where(open_end, 0, jnp.exp(jnp.log1p(jnp.where(open_end, 0, reach))))
   ratio = clip_ratio(jnp.exp(log_ratio), advantages, limit)
   if max_ratio is not None:
-    ratio = jnp.where((ratio > max_ratio) | jnp.isnan(max_ratio), max_ratio, ratio)
+    cap = jnp.where(advantages < 0, jnp.maximum(max_ratio, 1 + epsilon_high), max_ratio)
+    ratio = jnp.where((ratio > cap) | jnp.isnan(cap), cap, ratio)
   return ratio * advantages
 
 

@@ -100,9 +100,10 @@ def tokenwise(function: F) -> F:
   """Declares that a function's value at a token depends on that token alone.
 
   That is: on the token's own log-ratio, advantage and rollout entries, and on numbers. Not on
-  neighbouring tokens, other responses, statistics of the batch, or arrays that the function closes
-  over. `linear_loss` computes loss and gradients in one pass if every function in the objective's
-  loss is declared; a wrong declaration makes its gradient wrong.
+  neighbouring tokens, other responses, statistics of the batch, or arrays and traced numbers that
+  the function closes over: bind numbers with `functools.partial`. `linear_loss` computes loss and
+  gradients in one pass if every function in the objective's loss is declared; a wrong declaration
+  makes its gradient wrong.
 
   Args:
     function: a surrogate, level, divergence or correction; usable as a decorator.

@@ -76,7 +76,10 @@ def jensen_shannon(
   Reference: Agarwal et al. (2023), arXiv:2306.13649, eq. 1, with the teacher as its P.
   """
   beta = as_number_in_range("jensen_shannon.beta", beta, jnp.result_type(log_probs))
-  mixture = jnp.logaddexp(jnp.log(beta) + ref_log_probs, jnp.log1p(-beta) + log_probs)
+  # What both exclude has a finite logarithm here: logaddexp has no gradient at −∞ twice.
+  finite = lambda x: jnp.maximum(x, float(jnp.finfo(x.dtype).min) / 2)  # noqa: E731
+  ref, own = finite(ref_log_probs), finite(log_probs)
+  mixture = jnp.logaddexp(jnp.log(beta) + ref, jnp.log1p(-beta) + own)
   return beta * kl(ref_log_probs, mixture) + (1 - beta) * kl(log_probs, mixture)
 
 

@@ -18,7 +18,7 @@ from gpo_jax.traits import slot_function
 
 def _active(mask: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
   mask = as_mask("mask", mask)
-  ids = None if segment_ids is None else as_segment_ids(segment_ids, mask)
+  ids = None if segment_ids is None else _segments.fill(as_segment_ids(segment_ids, mask), mask)
   return mask.astype(jax.dtypes.canonicalize_dtype(float)), ids
 
 

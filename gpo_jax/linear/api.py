@@ -10,6 +10,7 @@ import numpy as np
 
 from gpo_jax._inputs import as_mask, check_same_shape
 from gpo_jax._mesh import vary
+from gpo_jax._padding import mask_of
 from gpo_jax.evaluation import enter, evaluate, is_all_ours
 from gpo_jax.linear import distributions, one_pass, selected, two_passes
 from gpo_jax.linear.chunks import Tiling, as_tiling
@@ -154,7 +155,7 @@ def linear_loss(
   check_objective(objective)
   hidden, head = as_head(hidden, head)
   tokens = as_tokens(tokens, hidden.shape[:-1], f"hidden {list(hidden.shape)}")
-  check_same_shape(tokens=tokens, mask=rollout.mask)
+  check_same_shape(tokens=tokens, mask=mask_of(rollout))
   stand_in = jnp.zeros_like(tokens, head.dtype)
   slots, _, rollout = enter(objective, stand_in, rollout)
   layout, hidden, head = layout_of(sharding, hidden, head)

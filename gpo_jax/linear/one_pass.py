@@ -79,7 +79,7 @@ def _evaluate(
 
 def _forward(tiling, layout, structure, hidden, head, tokens, numbers, rollout):
   advantages = jnp.broadcast_to(rollout.advantages, rollout.mask.shape)
-  per_token = rollout.replace(advantages=advantages, segment_ids=None)
+  per_token = rollout.replace(advantages=advantages)
 
   def slopes(numbers: tuple, log_probs: jax.Array, rollout: Rollout) -> Slopes:
     log_probs = log_probs.astype(rollout.weights.dtype)

@@ -44,7 +44,7 @@ def within(
   support: jax.Array,
 ) -> TokenLogProbs:
   """Computes log-probabilities at ids `[..., T, K]` of a softmax over the support `[..., T, S]`."""
-  support = jnp.sort(support, axis=-1)
+  support = jnp.sort(jnp.where(mask[..., None], support, -1), axis=-1)
   again = jnp.concatenate([support[..., :1] < 0, support[..., 1:] == support[..., :-1]], axis=-1)
   listed, size = (support >= 0) & ~again, support.shape[-1]
   logits = _logits(layout, hidden, head, jnp.concatenate([support, ids], axis=-1), mask)

@@ -382,7 +382,7 @@ GATES = {
   ),
   "max_ratio below the clip": (
     functools.partial(gpo.surrogates.clip, epsilon_low=0.2, epsilon_high=1.0, max_ratio=1.5),
-    lambda rho, a: rho * ~(((a > 0) & (rho > 1.5)) | ((a < 0) & ((rho < 0.8) | (rho > 1.5)))),
+    lambda rho, a: rho * ~(((a > 0) & (rho > 1.5)) | ((a < 0) & ((rho < 0.8) | (rho > 2)))),
   ),
   "cispo": (
     functools.partial(gpo.surrogates.cispo, low=0.5, high=1.5),
@@ -422,6 +422,11 @@ def test_clipped_values_are_the_written_ones():
     log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.3, max_ratio=2.0
   )
   np.testing.assert_allclose(value, delta, rtol=1e-12)
+  below = np.minimum(np.minimum(rho, 1.1) * advantages, np.clip(rho, 0.8, 1.3) * advantages)
+  value = gpo.surrogates.clip(
+    log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.3, max_ratio=1.1
+  )
+  np.testing.assert_allclose(value, below, rtol=1e-12)
   dual = np.where(advantages < 0, np.maximum(plain, 2.5 * advantages), plain)
   value = gpo.surrogates.dual_clip(
     log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.3, bound=2.5

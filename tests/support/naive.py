@@ -256,7 +256,7 @@ SLOTS = {
 EPSILON = {"epsilon_low": (0.001, 1.3), "[epsilon_high]": (0.001, 1.3)}
 STANDARD = {"[ddof]": (0, 1), "[eps]": (0, 1e-2)}
 RANGES = {  # of the numbers bound to slots; those in brackets may be absent
-  "clip": EPSILON | {"[max_ratio]": (2.4, 10)},
+  "clip": EPSILON | {"[max_ratio]": (1, 10)},
   "dual_clip": EPSILON | {"bound": (1.1, 5)},
   "cispo": {"high": (1.1, 8), "[low]": (0, 0.9)},
   "sapo": {"temperature_pos": (0.3, 2), "temperature_neg": (0.3, 2)},

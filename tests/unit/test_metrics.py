@@ -194,6 +194,8 @@ def test_what_cannot_be_merged():
   stacked = {k: jnp.stack([part[k] for part in parts]) for k in whole}
   for given, message in (
     ([], "got an empty sequence"),
+    (None, "got None"),
+    ([1, 2], r"got \[1, 2\]"),
     ([whole, {**whole, "mine": 0.0}], r"of the same names; got \['mine'\]"),
     ([{"loss": jnp.zeros(())}], "got no groups, responses, tokens"),
     (whole, r"stacked along one axis; got shapes \[\(\)\]"),

@@ -147,6 +147,14 @@ def test_kl_in_the_reward_is_one_line():
 FLAT = (np.array([1.0, 0.0, 1.0, 0.0], np.float32), np.ones((4, 3), bool))
 
 
+def test_padding_before_the_first_response_makes_no_nan():
+  ids = jnp.array([[0, 1, 1, 2]])
+  with jax.debug_nans(True):
+    rollout = gpo.gpg().prepare(jnp.array([[1.0, 0.0]]), ids > 0, segment_ids=ids)
+  np.testing.assert_array_equal(rollout.weights[0] > 0, ids[0] > 0)
+  np.testing.assert_allclose(rollout.advantages[0, 1:], [0.5, 0.5, -0.5])
+
+
 def test_a_flat_batch_is_not_one_group():
   rewards, mask = FLAT
   with pytest.raises(ValueError, match=r"got \[4\], .*rewards.reshape\(P, G\).*rewards\[None\]"):
@@ -154,6 +162,8 @@ def test_a_flat_batch_is_not_one_group():
   for objective in (gpo.reinforce_plus_plus(), gpo.dapo().replace(advantage=lambda r, w: r)):
     with pytest.raises(ValueError, match="would be one group of 4"):
       objective.prepare(rewards, mask)
+  with pytest.raises(ValueError, match=r"got \[\], which would be one group of 1"):
+    gpo.grpo().prepare(1.0, mask[0])
   one = gpo.grpo(beta=None).prepare(rewards[None], mask[None])
   by_id = gpo.grpo(beta=None).prepare(rewards, mask, group_ids=np.zeros(4, int))
   np.testing.assert_allclose(one.advantages[0], by_id.advantages, rtol=1e-6)

@@ -72,7 +72,7 @@ def test_a_total_has_the_gradient_of_a_sum():
 def test_masked_tokens_join_the_segment_before():
   mask = np.array([[0, 1, 0, 1, 0, 0]], bool)
   ids = jnp.array([[7, 1, 9, 2, 0, -3]])
-  np.testing.assert_array_equal(_segments.fill(ids, jnp.asarray(mask)), [[0, 1, 1, 2, 2, 2]])
+  np.testing.assert_array_equal(_segments.fill(ids, jnp.asarray(mask)), [[1, 1, 1, 2, 2, 2]])
 
 
 def test_each_token_gets_its_segments_value_and_nan_where_there_is_none():

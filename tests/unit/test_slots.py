@@ -139,6 +139,17 @@ def test_bad_settings_say_what_to_do():
   for slot in ({"corrections": (importance,)}, {"level": level}):
     with pytest.raises(ValueError, match=r"low must be a scalar; got shape \[6\]"):
       gpo.gmpo().replace(**slot)
+  for slot, function, message in (
+    ("corrections", functools.partial(corrections.reject, high=1.0, statistic=3.0), "a function"),
+    ("corrections", functools.partial(corrections.truncate_importance, level=1.0), "a function"),
+    (
+      "surrogate",
+      functools.partial(surrogates.clip, epsilon_low=levels.token),
+      "a number; got token",
+    ),
+  ):
+    with pytest.raises(ValueError, match=f"of {function.func.__name__} must be {message}"):
+      gpo.dapo().replace(**{slot: (function,) if slot == "corrections" else function})
   with pytest.raises(ValueError, match="level must return"):
     gpo.dapo().replace(level=lambda d, r: d[..., :1])(BATCH.log_probs, BATCH.prepare(gpo.dapo()))
 

@@ -186,6 +186,12 @@ def test_excluded_tokens_and_nan(name):
       np.testing.assert_allclose(function(x, y), expected, rtol=1e-6)
     else:
       assert 0 < function(x, y) < np.log(2)
+  # Padding by rows that are banned excludes tokens in both.
+  logits = jnp.array([[1.0, 0.0, 2.0, -jnp.inf], [0.5, 1.0, 0.0, -jnp.inf]])
+  slope = jax.grad(lambda x, y: gpo.token_divergence(function, x, y))
+  padded, plain = (slope(*x) for x in (logits, logits[:, :3]))
+  np.testing.assert_allclose(padded, np.append(plain, 0), rtol=1e-6)
+  assert np.any(plain)
   for broken in (p.at[0].set(jnp.nan), p.at[2].set(jnp.nan)):
     assert jnp.isnan(function(broken, q))
     assert jnp.isnan(function(q, broken))

@@ -40,6 +40,13 @@ def test_a_packed_response_weighs_what_it_weighs_alone(name):
 
 
 @EVERY
+def test_masked_tokens_of_a_packed_row_may_have_any_id(name):
+  mask, ids = np.array([[0, 1, 0, 1, 1, 0, 1]], bool), np.array([[5, 1, 0, 1, 2, 1, 2]])
+  filled = WEIGHTINGS[name](mask, np.array([[1, 1, 1, 1, 2, 2, 2]]))
+  np.testing.assert_array_equal(WEIGHTINGS[name](mask, ids), filled)
+
+
+@EVERY
 def test_leading_axes_share_one_denominator(name):
   flat = WEIGHTINGS[name](MASK)
   np.testing.assert_array_equal(WEIGHTINGS[name](MASK.reshape(2, 2, 4)).reshape(4, 4), flat)

@@ -18,6 +18,7 @@ from tests.support.linear import (
   BIAS,
   HIDDEN,
   MASK,
+  TOKENS,
   UNEMBEDDING,
   assert_same,
   from_hidden,
@@ -154,6 +155,26 @@ DECLARED = {
 @pytest.mark.parametrize("name", DECLARED)
 def test_what_is_declared_takes_one(name):
   assert is_enough(gpo.grpo().replace(**DECLARED[name]))
+
+
+def test_a_tokenwise_function_may_read_the_segment_ids():
+  """They are an entry of the rollout, of a token."""
+
+  @gpo.tokenwise
+  def of_the_first(log_probs, rollout):
+    return jnp.where(rollout.segment_ids == 1, 1.0, 0.5) + 0 * log_probs
+
+  objective = gpo.gpg().replace(corrections=(of_the_first,))
+  assert is_enough(objective)
+  ids = jnp.broadcast_to(jnp.where(jnp.arange(MASK.shape[-1]) < 3, 1, 2), MASK.shape)
+  rewards = jnp.arange(2.0 * ids[..., 0].size).reshape(*MASK.shape[:-1], 2) % 5
+  rollout = objective.prepare(rewards, MASK, segment_ids=ids)
+  state = (HIDDEN, UNEMBEDDING, BIAS)
+  found, wanted = (
+    linear.jit(jax.grad(lambda *state, of=of: of(objective, *state, rollout)[0], (0, 1, 2)))(*state)
+    for of in (from_hidden, from_logits)
+  )
+  assert_same(found, wanted, 2e-5)
 
 
 def test_what_is_declared_has_the_gradient_of_the_full_logits():

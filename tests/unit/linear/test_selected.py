@@ -101,6 +101,18 @@ def test_an_id_outside_is_nan_and_a_token_outside_of_the_support_impossible():
   np.testing.assert_array_equal(jnp.isnan(found.log_probs), [True, False])
 
 
+def test_the_support_of_a_masked_position_may_hold_anything():
+  hidden, tokens, mask = HIDDEN[0, 0, :2], jnp.array([3, 3]), jnp.array([1, 0])
+  support = jnp.array([[3, 5, -1], [3, VOCABULARY, -1]])
+
+  def loss(head, support):
+    return jnp.sum(gpo.linear_token_log_probs(hidden, head, tokens, mask=mask, support=support)[0])
+
+  found, wanted = (jax.grad(loss)(UNEMBEDDING, x) for x in (support, support[:1].repeat(2, 0)))
+  np.testing.assert_array_equal(found, wanted)
+  assert np.any(found)
+
+
 def test_a_token_that_the_bias_bans_is_impossible():
   bias = BIAS.at[3].set(-jnp.inf)
   ids = jnp.array([[3, 7], [3, 3]])
