@@ -46,7 +46,8 @@ def test_vmap_over_objectives_is_a_sweep():
   rollout = BATCH.prepare(gpo.grpo())
   sweep = jax.vmap(lambda beta: gpo.grpo(beta=beta)(BATCH.log_probs, rollout)[0])(betas)
   expected = [gpo.grpo(beta=float(b))(BATCH.log_probs, rollout)[0] for b in betas]
-  np.testing.assert_allclose(sweep, expected, rtol=1e-6)
+  # A loss near 0 is a difference: what rounds are the terms.
+  np.testing.assert_allclose(sweep, expected, rtol=0, atol=1e-6 * np.max(np.abs(expected)))
   stacked = jax.tree.map(
     lambda *x: jnp.stack(x), gpo.grpo(epsilon_low=0.1), gpo.grpo(epsilon_low=0.3)
   )
