@@ -18,7 +18,6 @@ from tests.support.linear import (
   BIAS,
   HIDDEN,
   MASK,
-  TOKENS,
   UNEMBEDDING,
   assert_same,
   from_hidden,
