@@ -382,7 +382,7 @@ WRONG = {
     r"call the preset, such as gpo.grpo\(\)",
   ),
   "rollout_of_another_shape": (loss_of_another_shape, "mask must have the shape of tokens"),
-  "no_rollout": (lambda: loss(rollout=None), "rollout must be a Rollout.* got NoneType"),
+  "no_rollout": (lambda: loss(rollout={}), "rollout must be a Rollout.* got dict"),
   "rollout_without_reference": (
     lambda: loss(rollout=near("grpo").replace(ref_log_probs=None)),
     "divergence=k3 needs rollout.ref_log_probs",
