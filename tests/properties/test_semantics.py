@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import gpo_jax as gpo
-from gpo_jax import advantages, corrections, divergences, levels, weightings
+from gpo_jax import advantages, corrections, divergences, weightings
 from tests.support.batches import PRESETS, batch, relative_error, value_and_grad
 from tests.support.calls import functions_of
 from tests.support.quick import fused
@@ -72,16 +72,6 @@ def test_weights_of_a_mean_sum_to_1_and_of_an_empty_batch_to_0(name):
   weighting = getattr(weightings, name)
   np.testing.assert_allclose(jnp.sum(weighting(BATCH.mask)), 1, rtol=1e-6)
   np.testing.assert_array_equal(weighting(np.zeros_like(BATCH.mask)), 0)
-
-
-@pytest.mark.slow
-def test_an_id_that_comes_back_is_one_response_to_advantages_and_two_to_weights_and_levels():
-  rollout = gpo.grpo().prepare([[1.0, 0.0]], [[1, 1, 1]], segment_ids=[[1, 2, 1]])
-  first, second = advantages.standardize([1.0, 0.0])
-  np.testing.assert_allclose(rollout.advantages, [[first, second, first]], rtol=1e-6)
-  np.testing.assert_allclose(rollout.weights, 1 / 3, rtol=1e-6)
-  log_ratio = jnp.array([[0.1, 0.2, 0.4]])
-  np.testing.assert_allclose(levels.sequence(log_ratio, rollout), log_ratio, rtol=1e-6)
 
 
 # --- gradients -----------------------------------------------------------------------------------
