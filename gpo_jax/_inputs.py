@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpo_jax import _segments
 from gpo_jax._ranges import check_range, is_unknown
 
 Array = jax.Array | np.ndarray
@@ -135,6 +136,11 @@ def as_segment_ids(ids: Any, mask: jax.Array) -> jax.Array:
         "number a row's responses as they follow one another"
       )
   return ids
+
+
+def as_filled_ids(ids: Any, mask: jax.Array) -> jax.Array | None:
+  """Converts segment ids, if there are any; masked tokens, whose own do not count, join in."""
+  return None if ids is None else _segments.fill(as_segment_ids(ids, mask), mask)
 
 
 def describe(**arrays: chex.Array) -> str:

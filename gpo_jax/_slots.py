@@ -92,7 +92,6 @@ def as_number(name: str, value: Any) -> Any:
 def _floats(function: Partial) -> Partial:
   """Converts what is bound to a function of this package, whose numbers are real, to floats."""
   traits = traits_of(function)
-
   parameters = inspect.signature(function.func).parameters
 
   def convert(key: str, value: Any) -> Any:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import GetAttrKey
 
 from gpo_jax import _segments
-from gpo_jax._inputs import as_array, as_mask, as_segment_ids, check_returned
+from gpo_jax._inputs import as_array, as_filled_ids, as_mask, check_returned
 from gpo_jax._padding import validate
 from gpo_jax._ranges import check_range
 from gpo_jax._slots import as_number, as_slot, check_combination, check_numbers, describe
@@ -163,8 +163,7 @@ class Objective:
     mask = as_mask("mask", mask)
     if not any(given):
       advantages = jnp.zeros_like(mask, float)
-    if segment_ids is not None:
-      segment_ids = _segments.fill(as_segment_ids(segment_ids, mask), mask)
+    segment_ids = as_filled_ids(segment_ids, mask)
     of_rewards = rewards is not None
     if of_rewards:
       advantages = self._advantages(rewards, mask, segment_ids, group_ids)

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from gpo_jax import _segments
-from gpo_jax._inputs import as_mask, as_scalar, as_segment_ids
+from gpo_jax._inputs import as_filled_ids, as_mask, as_scalar
 from gpo_jax.traits import slot_function
 
 
 def _active(mask: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
   mask = as_mask("mask", mask)
-  ids = None if segment_ids is None else _segments.fill(as_segment_ids(segment_ids, mask), mask)
-  return mask.astype(jax.dtypes.canonicalize_dtype(float)), ids
+  active = mask.astype(jax.dtypes.canonicalize_dtype(float))
+  return active, as_filled_ids(segment_ids, mask)
 
 
 @slot_function(by_length=True, denominator="tokens")

@@ -4,12 +4,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from gpo_jax import _segments
 from gpo_jax._inputs import (
   as_array,
+  as_filled_ids,
   as_mask,
   as_number_in_range,
-  as_segment_ids,
   check_same_shape,
   promote,
 )
@@ -64,8 +63,8 @@ def generalized(
   discount = as_number_in_range("discount", discount, rewards.dtype)
   decay = as_number_in_range("decay", decay, rewards.dtype)
   last = jnp.zeros_like(mask)
-  if segment_ids is not None:
-    ids = _segments.fill(as_segment_ids(segment_ids, mask), mask)
+  ids = as_filled_ids(segment_ids, mask)
+  if ids is not None:
     last = last.at[..., :-1].set(ids[..., 1:] != ids[..., :-1])
 
   def step(later: tuple, token: tuple) -> tuple[tuple, jax.Array]:

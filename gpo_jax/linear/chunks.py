@@ -95,7 +95,7 @@ def _over_chunks(tiling, layout, slopes, chip, hidden, head, tokens, known, mask
   own_logits = scale_logits(layout.over_vocabulary(own_products(h, head, y)), None, head)
   target = jnp.where(known, own_logits, -jnp.inf)
   chunks = _Chunks(h, head, y, known, target, fields, active, layout, slopes, tile, chip)
-  outputs, gradients = chunks.run(chunk, tokens.size)
+  outputs, gradients = chunks.run(chunk)
   spread = lambda x: x.at[rank].get(mode="fill", fill_value=0)  # noqa: E731
   outputs = jax.tree.map(spread, outputs)
   if gradients is not None:
@@ -129,13 +129,13 @@ class _Chunks(NamedTuple):
     """Tells whether the vocabulary is one tile."""
     return self.tile == self.head.unembedding.shape[0]
 
-  def run(self, chunk: int, length: int) -> tuple[TokenLogProbs, Gradients | None]:
+  def run(self, chunk: int) -> tuple[TokenLogProbs, Gradients | None]:
     """Takes one chunk after another."""
     zero = jnp.zeros_like(self.tokens, self.head.dtype)
     gradients = None if self.slopes is None else zero_gradients(self.hidden, self.head)
     outputs, gradients = vary((self.tokens, (TokenLogProbs(zero, zero), gradients)))[1]
     start, end = jnp.zeros((), jnp.int32), self.layout.most(self.active)
-    if self.chip and chunk < length and self.whole and gradients is not None:
+    if self.chip and chunk < self.tokens.size and self.whole and gradients is not None:
       # The first chunk writes the unembedding's gradient, the others read and write it.
       first = (outputs, gradients._replace(unembedding=None), None)
       outputs, gradients, _ = self.step(chunk, start, first)
