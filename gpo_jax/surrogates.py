@@ -5,6 +5,8 @@ and A have one shape, or A broadcasts, and the result has the shape of log ρ. O
 all have ∂/∂log_ratio = A.
 """
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -45,15 +47,25 @@ def clip(
   arXiv:2503.14476, Eq. 8 (DAPO); the cap, INTELLECT-2 (2025), arXiv:2505.07291.
   """
   epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+  ratio = _clipped_ratio(log_ratio, advantages, epsilon_low, epsilon_high)
+  if max_ratio is not None:
+    cap = jnp.where(advantages < 0, jnp.maximum(max_ratio, 1 + epsilon_high), max_ratio)
+    ratio = _capped(ratio, cap)
+  return ratio * advantages
+
+
+def _clipped_ratio(
+  log_ratio: jax.Array, advantages: jax.Array, epsilon_low: Any, epsilon_high: Any
+) -> jax.Array:
   reach = jnp.where(advantages > 0, epsilon_high, -jnp.asarray(epsilon_low))
   open_end = reach <= -1  # 1 − ε ≤ 0: no ratio is that low
   # exp(log1p(ε)) rounds like exp(log_ratio).
   limit = jnp.where(open_end, 0, jnp.exp(jnp.log1p(jnp.where(open_end, 0, reach))))
-  ratio = clip_ratio(jnp.exp(log_ratio), advantages, limit)
-  if max_ratio is not None:
-    cap = jnp.where(advantages < 0, jnp.maximum(max_ratio, 1 + epsilon_high), max_ratio)
-    ratio = jnp.where((ratio > cap) | jnp.isnan(cap), cap, ratio)
-  return ratio * advantages
+  return clip_ratio(jnp.exp(log_ratio), advantages, limit)
+
+
+def _capped(ratio: jax.Array, cap: Any) -> jax.Array:
+  return jnp.where((ratio > cap) | jnp.isnan(cap), cap, ratio)
 
 
 @slot_function(tokenwise=True)
@@ -80,10 +92,9 @@ def dual_clip(
 
   Reference: Ye et al. (2020), arXiv:1912.09729, Eq. 5.
   """
-  cap = jnp.where(advantages < 0, bound, jnp.inf)
-  return clip(
-    log_ratio, advantages, epsilon_low=epsilon_low, epsilon_high=epsilon_high, max_ratio=cap
-  )
+  epsilon_high = epsilon_low if epsilon_high is None else epsilon_high
+  ratio = _clipped_ratio(log_ratio, advantages, epsilon_low, epsilon_high)
+  return _capped(ratio, jnp.where(advantages < 0, bound, jnp.inf)) * advantages
 
 
 @slot_function(tokenwise=True)

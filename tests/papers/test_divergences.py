@@ -376,6 +376,10 @@ GATES = {
     functools.partial(gpo.surrogates.dual_clip, epsilon_low=0.2, bound=2.0),
     lambda rho, a: rho * ~(((a > 0) & (rho > 1.2)) | ((a < 0) & ((rho < 0.8) | (rho > 2)))),
   ),
+  "dual_clip below the clip": (
+    functools.partial(gpo.surrogates.dual_clip, epsilon_low=0.2, epsilon_high=1.0, bound=1.5),
+    lambda rho, a: rho * ~(((a > 0) & (rho > 2)) | ((a < 0) & ((rho < 0.8) | (rho > 1.5)))),
+  ),
   "max_ratio": (
     functools.partial(gpo.surrogates.clip, epsilon_low=0.2, max_ratio=2.0),
     lambda rho, a: rho * ~(((a > 0) & (rho > 1.2)) | ((a < 0) & ((rho < 0.8) | (rho > 2)))),
@@ -427,11 +431,12 @@ def test_clipped_values_are_the_written_ones():
     log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.3, max_ratio=1.1
   )
   np.testing.assert_allclose(value, below, rtol=1e-12)
-  dual = np.where(advantages < 0, np.maximum(plain, 2.5 * advantages), plain)
-  value = gpo.surrogates.dual_clip(
-    log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.3, bound=2.5
-  )
-  np.testing.assert_allclose(value, dual, rtol=1e-12)
+  for bound in (2.5, 1.1):  # the lower one binds before the clip does
+    dual = np.where(advantages < 0, np.maximum(plain, bound * advantages), plain)
+    value = gpo.surrogates.dual_clip(
+      log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.3, bound=bound
+    )
+    np.testing.assert_allclose(value, dual, rtol=1e-12)
   wide = gpo.surrogates.dual_clip(np.log(4.0), 1.0, epsilon_high=5.0, bound=2.5)
   np.testing.assert_allclose(wide, 4.0, rtol=1e-6)  # no bound on good samples
 
