@@ -27,6 +27,7 @@ from benchmarks import hlo, report
 from benchmarks.device import both, full, linear, products
 from gpo_jax.linear.chunks import CHIP
 from gpo_jax.linear.mesh import axis_names_of
+from gpo_jax.linear.one_pass import is_enough
 
 _SLICES = {  # the name of a slice of so many chips, and of the machine that holds it
   ("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v5e", 256): "v5e:16x16",
@@ -37,6 +38,7 @@ _MACHINES = {"v5e": "v5litepod-8", "v5p": "v5p-16", "v6e": "v6e-8"}
 GPU = "h100"
 KINDS = (*_MACHINES, GPU)
 MESHES = {"v5e": (8, 256), GPU: (8,)}
+AGAIN = gpo.Tiling(recompute=True)
 _ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
@@ -138,24 +140,27 @@ class Step:
     loss = lambda h, w, y, r: full(h, w, y, objective, r)  # noqa: E731
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
-  def linear_loss(self, objective: gpo.Objective) -> dict:
+  def linear_loss(self, objective: gpo.Objective, tiling: gpo.Tiling | None = None) -> dict:
     """Reports on `gpo.linear_loss`."""
     _, tokens, unembedding = self.layout
     alone = self.mesh.size == 1
-    sharding = None if alone else gpo.Sharding(self.mesh, tokens, unembedding)
-    loss = lambda h, w, y, r: linear(h, w, y, objective, r, sharding=sharding)  # noqa: E731
-    return self._report(both(loss), *self.arrays(), self.rollout(objective))
+    how = {"sharding": None if alone else gpo.Sharding(self.mesh, tokens, unembedding)}
+    loss = lambda h, w, y, r: linear(h, w, y, objective, r, tiling=tiling, **how)  # noqa: E731
+    one_pass = is_enough(objective) and not (tiling and tiling.recompute)
+    return self._report(both(loss), *self.arrays(), self.rollout(objective), one_pass=one_pass)
 
-  def _report(self, function: Any, *arguments: Any) -> dict:
+  def _report(self, function: Any, *arguments: Any, one_pass: bool = False) -> dict:
     shardings = jax.tree.map(lambda x: x.sharding, arguments[:2])
     results = (None, shardings) if len(arguments) > 2 else shardings
     compiled = jax.jit(function, out_shardings=results).lower(*arguments).compile()
     # What a loop over tokens does depends on the mask: here all count, and none is improbable.
-    first = self.chunk < self.size.tokens
+    chunks = self.size.tokens // self.chunk
+    but_first = chunks - (chunks > 1)
     trips = {
       "improbable_tokens": 0,
       "last_chunks": 0,
-      "chunks": self.size.tokens // self.chunk - first,
+      "tiles/chunks": but_first,
+      "chunks": but_first if one_pass else chunks,
     }
     program = hlo.Program(compiled.as_text(), trips)
     return {
@@ -238,6 +243,7 @@ def one_chip(kind: str, size: Size) -> list[dict]:
     {"name": "full logits, dapo", **step.full_logits(gpo.dapo())},
     {"name": "linear_loss, dapo", **step.linear_loss(gpo.dapo())},
     {"name": "linear_loss, gspo", **step.linear_loss(gpo.gspo())},
+    {"name": "linear_loss, dapo, recompute", **step.linear_loss(gpo.dapo(), AGAIN)},
   ]
   unit = rows[0]["cycles"]
   return [{"chip": kind, "chips": 1, "ratio": unit and x["cycles"] / unit, **x} for x in rows]
@@ -250,14 +256,15 @@ def meshes(kind: str, count: int, size: Size, unit: float) -> list[dict]:
   """
   rows = []
   for name, layout in LAYOUTS[count].items():
-    found = Step(kind, count, layout, size).linear_loss(gpo.dapo())
-    row = {
-      "chip": kind,
-      "chips": count,
-      "name": name,
-      "ratio": unit and found["cycles"] / unit * vocabulary_parts(layout),
-    }
-    rows.append({**row, **found})
+    for label, tiling in ((name, None), (f"{name}, recompute", AGAIN)):
+      found = Step(kind, count, layout, size).linear_loss(gpo.dapo(), tiling)
+      row = {
+        "chip": kind,
+        "chips": count,
+        "name": label,
+        "ratio": unit and found["cycles"] / unit * vocabulary_parts(layout),
+      }
+      rows.append({**row, **found})
   return rows
 
 

@@ -71,8 +71,8 @@ class Program:
 
   Args:
     text: `compiled.as_text()`.
-    trips: how often loops run whose number of trips the program does not know, by a part of their
-      source's name, such as a `jax.named_scope`.
+    trips: how often loops run whose number of trips the program does not know, by the
+      `jax.named_scope` that they are directly in.
   """
 
   def __init__(self, text: str, trips: Mapping[str, int] | None = None):
@@ -118,7 +118,7 @@ class Program:
     if known is not None:
       return int(known)
     for name, trips in self._trips.items():
-      if name in loop.source:
+      if loop.source.endswith(f"{name}/while"):
         return trips
     condition = self._computations[loop.attribute(r"condition=%?([\w.-]+)") or ""]
     constants = [x.attribute(r"constant\((\d+)\)") for x in condition if x.opcode == "constant"]

@@ -17,26 +17,30 @@ import jax.numpy as jnp
 from gpo_jax._inputs import as_size
 from gpo_jax._mesh import vary
 from gpo_jax.linear.backward import Gradients, accumulate, zero_gradients
-from gpo_jax.linear.forward import TokenLogProbs, look, powers_dtype
+from gpo_jax.linear.forward import Seen, TokenLogProbs, look, powers_dtype
 from gpo_jax.linear.head import Head, own_products, scale_logits
 from gpo_jax.linear.mesh import Layout
 
-CPU, CHIP = (512, 1024), (2048, None)  # sizes of chunks and tiles
+# Sizes of chunks and tiles: on a chip of one pass, and of two.
+CPU, CHIP, CHIP_TWICE = (512, 1024), (2048, None), (2048, 8192)
 
 
 class Tiling(NamedTuple):
   """How much is computed at a time; what is None is chosen for the platform that compiles.
 
   Attributes:
-    chunk_size: tokens at a time, per device: their powers e^z are held, 2·chunk_size·V bytes if W
-      and h are bfloat16, else twice that, and the unembedding's gradient, 4·V·H bytes, which every
-      chunk reads and writes. 512 on CPU, 2048 elsewhere.
-    tile_size: entries of the vocabulary at a time. 1024 on CPU, where a tile stays in the cache, V
-      elsewhere.
+    chunk_size: tokens at a time, per device. One pass holds their powers e^z, 2·chunk_size·V bytes
+      if W and h are bfloat16, else twice that. 512 on CPU, 2048 elsewhere.
+    tile_size: entries of the vocabulary at a time. 1024 on CPU, where a tile stays in the cache;
+      elsewhere V in one pass, 8192 in two.
+    recompute: whether `linear_loss` takes two passes for objectives that need one only: four
+      products for three, but no gradient of the unembedding is accumulated, 4·V·H bytes. On a mesh
+      each tile's part of it is then summed over devices at once, if W is not gathered over V.
   """
 
   chunk_size: int | None = None
   tile_size: int | None = None
+  recompute: bool = False
 
 
 def as_tiling(tiling: Tiling | None) -> Tiling:
@@ -45,8 +49,11 @@ def as_tiling(tiling: Tiling | None) -> Tiling:
     raise ValueError(
       f"tiling must be a Tiling; got {tiling!r:.60}: pass gpo.Tiling(chunk_size=1024)"
     )
-  sizes = (tiling or Tiling())._asdict().items()
-  return Tiling(*(None if size is None else as_size(name, size) for name, size in sizes))
+  chunk_size, tile_size, recompute = tiling or Tiling()
+  if not isinstance(recompute, bool):
+    raise ValueError(f"recompute must be True or False; got {recompute!r:.60}")
+  size = lambda name, x: None if x is None else as_size(name, x)  # noqa: E731
+  return Tiling(size("chunk_size", chunk_size), size("tile_size", tile_size), recompute)
 
 
 def over_chunks(
@@ -58,7 +65,7 @@ def over_chunks(
   mask: jax.Array,
   slopes: Callable | None = None,
   per_token: Any = (),
-) -> tuple[TokenLogProbs, Gradients | None]:
+) -> tuple[TokenLogProbs, Seen, Gradients | None]:
   """Computes log-probabilities and, given the loss's slopes in them, its gradients in one go.
 
   Args:
@@ -72,41 +79,63 @@ def over_chunks(
     per_token: arrays `[N]`; `slopes` gets the chunk's part of them.
 
   Returns:
-    `TokenLogProbs`, 0 at masked tokens, and `Gradients`, of the shapes of hidden states and head.
+    `TokenLogProbs`, 0 at masked tokens; what was seen of each token; and `Gradients`, of the shapes
+    of hidden states and head.
   """
   head = layout.gather(head)
   arguments = (hidden, head, *layout.own_tokens(tokens, head), mask, per_token)
   # The platform that the program is compiled for need not be the one that traces it.
-  outputs, gradients = jax.lax.platform_dependent(
+  outputs, seen, gradients = jax.lax.platform_dependent(
     *arguments,
     cpu=functools.partial(_over_chunks, tiling, layout, slopes, False),
     default=functools.partial(_over_chunks, tiling, layout, slopes, True),
   )
-  return outputs, None if gradients is None else layout.reduce(gradients)
+  return outputs, seen, None if gradients is None else layout.reduce(gradients)
 
 
 def _over_chunks(tiling, layout, slopes, chip, hidden, head, tokens, known, mask, per_token):
-  chunk, tile = _sizes(tiling, chip, tokens.size, head.unembedding.shape[0])
-  order, rank, active = _compact(mask, chunk)
-  h, y, known, fields = jax.tree.map(
-    lambda x: x.at[order].get(mode="fill", fill_value=0), (hidden, tokens, known, per_token)
-  )
+  default = CPU if not chip else CHIP if slopes else CHIP_TWICE
+  chunk, tile = sizes(tiling, default, tokens.size, head.unembedding.shape[0])
+  order, rank, active = compact(mask, chunk)
+  h, y, known, fields = pick((hidden, tokens, known, per_token), order)
   # Of all tokens at once: in the loop a TPU's compiler would copy hidden states for its sake.
   own_logits = scale_logits(layout.over_vocabulary(own_products(h, head, y)), None, head)
   target = jnp.where(known, own_logits, -jnp.inf)
   chunks = _Chunks(h, head, y, known, target, fields, active, layout, slopes, tile, chip)
-  outputs, gradients = chunks.run(chunk)
-  spread = lambda x: x.at[rank].get(mode="fill", fill_value=0)  # noqa: E731
-  outputs = jax.tree.map(spread, outputs)
+  seen, gradients = chunks.run(chunk)
+  outputs = chunks.outputs(seen, known)
   if gradients is not None:
-    gradients = gradients._replace(hidden=spread(gradients.hidden))
-  return outputs, gradients
+    gradients = gradients._replace(hidden=pick(gradients.hidden, rank))
+  return *pick((outputs, seen), rank), gradients
 
 
-def _sizes(tiling: Tiling, chip: bool, length: int, vocabulary: int) -> tuple[int, int]:
-  chunk, tile = CHIP if chip else CPU
-  chunk, tile = tiling.chunk_size or chunk, tiling.tile_size or tile or vocabulary
+def sizes(tiling: Tiling, default: tuple, length: int, vocabulary: int) -> tuple[int, int]:
+  """Returns the sizes of chunks and tiles."""
+  chunk, tile = tiling.chunk_size or default[0], tiling.tile_size or default[1] or vocabulary
   return min(chunk, length), min(tile, vocabulary)
+
+
+def each_chunk(
+  chunk: int, start: jax.Array, end: jax.Array, step: Callable, carry: Any, buffer: Any = None
+) -> Any:
+  """Calls `step(size, start, (carry, buffer))` for chunks of the tokens from start to end.
+
+  The last tokens go in smaller chunks, so that they do not cost a whole one.
+  """
+  sizes = (chunk, chunk // 4) if chunk % 4 == 0 and chunk >= 256 else (chunk,)
+  for size in sizes:
+    last = size == sizes[-1]
+    # More than three of the last small chunks are one whole chunk.
+    count = jnp.maximum(end - start + (size - 1 if last else size // 4 - 1), 0) // size
+    with jax.named_scope("last_chunks" if last else "chunks"):
+      carry, _ = jax.lax.fori_loop(
+        0,
+        count,
+        lambda i, carry, size=size, start=start: step(size, start + i * size, carry),
+        (carry, None if buffer is None else buffer(size)),
+      )
+    start += count * size
+  return carry
 
 
 class _Chunks(NamedTuple):
@@ -129,42 +158,28 @@ class _Chunks(NamedTuple):
     """Tells whether the vocabulary is one tile."""
     return self.tile == self.head.unembedding.shape[0]
 
-  def run(self, chunk: int) -> tuple[TokenLogProbs, Gradients | None]:
+  def run(self, chunk: int) -> tuple[Seen, Gradients | None]:
     """Takes one chunk after another."""
     zero = jnp.zeros_like(self.tokens, self.head.dtype)
     gradients = None if self.slopes is None else zero_gradients(self.hidden, self.head)
-    outputs, gradients = vary((self.tokens, (TokenLogProbs(zero, zero), gradients)))[1]
+    carry = vary((self.tokens, (Seen(zero, zero, zero, zero), gradients)))[1]
     start, end = jnp.zeros((), jnp.int32), self.layout.most(self.active)
     if self.chip and chunk < self.tokens.size and self.whole and gradients is not None:
       # The first chunk writes the unembedding's gradient, the others read and write it.
-      first = (outputs, gradients._replace(unembedding=None), None)
-      outputs, gradients, _ = self.step(chunk, start, first)
+      seen, gradients = carry
+      carry, _ = self.step(chunk, start, ((seen, gradients._replace(unembedding=None)), None))
       start += chunk
-    # The last tokens go in smaller chunks, so that they do not cost a whole one.
-    sizes = (chunk, chunk // 4) if chunk % 4 == 0 and chunk >= 256 else (chunk,)
-    for size in sizes:
-      last = size == sizes[-1]
-      # More than three of the last small chunks are one whole chunk.
-      count = jnp.maximum(end - start + (size - 1 if last else size // 4 - 1), 0) // size
-      buffer = self.zeros(size) if self.slopes and not self.whole else None
-      with jax.named_scope("last_chunks" if last else "chunks"):
-        outputs, gradients, _ = jax.lax.fori_loop(
-          0,
-          count,
-          lambda i, carry, size=size, start=start: self.step(size, start + i * size, carry),
-          (outputs, gradients, buffer),
-        )
-      start += count * size
-    return outputs, gradients
+    buffer = self.zeros if self.slopes and not self.whole else None
+    return each_chunk(chunk, start, end, self.step, carry, buffer)
 
   def step(self, size: int, start: jax.Array, carry: tuple) -> tuple:
     """Adds a chunk's results and gradients to those of others."""
-    outputs, gradients, buffer = carry
+    (seen, gradients), buffer = carry
     take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
     h, y = take(self.hidden), take(self.tokens)
     counts = start + jnp.arange(size, dtype=jnp.int32) < self.active
     powers = self.zeros(size) if self.slopes and self.whole else buffer
-    seen, powers = look(
+    own, powers = look(
       lambda: take(self.hidden),
       self.head,
       y,
@@ -175,19 +190,21 @@ class _Chunks(NamedTuple):
       self.chip,
       powers,
     )
-    own = seen.outputs()
-    own = own._replace(log_probs=jnp.where(take(self.known), own.log_probs, jnp.nan))
-    own = jax.tree.map(lambda x: jnp.where(counts, x, 0), own)
-    outputs = jax.tree.map(lambda x, y: _put(x, y, start), outputs, own)
+    seen = jax.tree.map(lambda x, y: put(x, y, start), seen, own)
     if self.slopes is None or powers is None:
-      return outputs, gradients, buffer
-    dtype = self.head.dtype
-    slope = self.slopes(own.log_probs, jax.tree.map(take, self.per_token))
-    slope = jax.tree.map(lambda x: jnp.where(counts, x, 0).astype(dtype), slope)
-    empty = gradients._replace(hidden=jnp.zeros_like(h, dtype))
-    added = accumulate(h, self.head, y, seen, powers, slope, self.tile, self.chip, empty)
-    d_hidden = _put(gradients.hidden, added.hidden, start)
-    return outputs, added._replace(hidden=d_hidden), None if buffer is None else powers
+      return (seen, gradients), buffer
+    log_probs = jnp.where(counts, self.outputs(own, take(self.known)).log_probs, 0)
+    slope = self.slopes(log_probs, jax.tree.map(take, self.per_token))
+    slope = jax.tree.map(lambda x: jnp.where(counts, x, 0).astype(self.head.dtype), slope)
+    empty = gradients._replace(hidden=jnp.zeros_like(h, self.head.dtype))
+    added = accumulate(h, self.head, y, own, powers, slope, self.tile, self.chip, empty)
+    added = added._replace(hidden=put(gradients.hidden, added.hidden, start))
+    return (seen, added), None if buffer is None else powers
+
+  def outputs(self, seen: Seen, known: jax.Array) -> TokenLogProbs:
+    """Computes the results, NaN for tokens outside of the vocabulary."""
+    outputs = seen.outputs()
+    return outputs._replace(log_probs=jnp.where(known, outputs.log_probs, jnp.nan))
 
   def zeros(self, size: int) -> jax.Array:
     """Makes a buffer for the powers of a chunk."""
@@ -197,7 +214,7 @@ class _Chunks(NamedTuple):
     return jnp.broadcast_to(zero, (self.head.unembedding.shape[0], size))
 
 
-def _compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Finds the active tokens in order, each token's place among them, and how many they are.
 
   A place past the end of what is indexed marks no token: it reads 0.
@@ -209,5 +226,12 @@ def _compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Arr
   return order, jnp.where(mask, rank, padded), jnp.sum(mask, dtype=jnp.int32)
 
 
-def _put(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+def pick(tree: Any, places: jax.Array) -> Any:
+  """Takes rows at places; past the end they are 0."""
+  return jax.tree.map(lambda x: x.at[places].get(mode="fill", fill_value=0), tree)
+
+
+def put(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+  """Writes rows, in the dtype of what they are written to."""
+  rows = rows.astype(x.dtype)
   return jax.lax.dynamic_update_slice_in_dim(x, rows, start, 0)

@@ -18,7 +18,7 @@ from gpo_jax.linear.head import Head, logits_of, over_tiles, wider
 from gpo_jax.linear.mesh import Layout
 
 _TOO_LARGE = 1e20  # for a token of log π < −46: slopes over it would be too small for float32
-_FAR = 1e9  # the reference of tokens that do not count, from which all powers are 0
+FAR = 1e9  # the reference of tokens that do not count, from which all powers are 0
 
 
 class TokenLogProbs(NamedTuple):
@@ -98,7 +98,7 @@ def look(
   vocabulary, zero = head.unembedding.shape[0], jnp.zeros_like(tokens, head.dtype)
 
   def add_up(hidden: jax.Array, reference: jax.Array, powers: jax.Array | None) -> tuple:
-    reference = jnp.where(counts, reference, _FAR)
+    reference = jnp.where(counts, reference, FAR)
 
     def step(start: Any, size: int, carry: tuple) -> tuple:
       others, excess, powers = carry

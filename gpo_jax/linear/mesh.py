@@ -3,7 +3,7 @@
 Before the loop the unembedding is gathered, once, unless it is sharded over the vocabulary only, on
 axes that hold no tokens: then each device sees its part of the vocabulary, and a few numbers per
 token are combined. After the loop gradients are summed, once, and scattered if the unembedding was
-gathered.
+gathered; with `Tiling(recompute=True)` the unembedding's a tile at a time.
 """
 
 import math
@@ -111,16 +111,17 @@ class Layout(NamedTuple):
     axes = self.of_tokens if self.of_vocabulary else ()
     return jax.lax.pmax(count, axes) if axes else count
 
-  def reduce(self, gradients: Any) -> Any:
-    """Sums `Gradients` over the devices that hold their parts, after the loop."""
+  def reduce(self, gradients: Any, summed: bool = False) -> Any:
+    """Sums `Gradients` over the devices that hold their parts; the unembedding's may be already."""
     hidden, unembedding, bias = gradients
     return gradients._replace(
       hidden=self.over_vocabulary(hidden),
-      unembedding=self._reduce(unembedding),
-      bias=None if bias is None else self._reduce(bias),
+      unembedding=unembedding if summed else self.sum_up(unembedding),
+      bias=None if bias is None else self.sum_up(bias),
     )
 
-  def _reduce(self, x: jax.Array) -> jax.Array:
+  def sum_up(self, x: jax.Array) -> jax.Array:
+    """Sums a gradient of the head over the devices that hold its parts."""
     rest = set(self.of_tokens)
     for dim, axes in enumerate(self.gathered[: x.ndim]):
       summed = tuple(axis for axis in axes if axis in rest)

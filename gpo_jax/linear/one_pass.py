@@ -66,7 +66,7 @@ def loss(
   rollout: Rollout,
 ) -> tuple[jax.Array, Terms]:
   """Computes an objective's loss and terms, from clean inputs."""
-  outputs, _ = on_devices(tiling, layout, hidden, head, tokens, rollout.mask)
+  outputs, _, _ = on_devices(tiling, layout, hidden, head, tokens, rollout.mask)
   return _evaluate(join(structure, numbers), outputs, rollout)
 
 
@@ -86,7 +86,7 @@ def _forward(tiling, layout, structure, hidden, head, tokens, numbers, rollout):
     of = lambda x: evaluate(join(structure, numbers), x, rollout)[0]  # noqa: E731
     return Slopes(jax.grad(of)(log_probs), None)
 
-  outputs, gradients = on_devices(
+  outputs, _, gradients = on_devices(
     tiling, layout, hidden, head, tokens, rollout.mask, slopes, per_token, numbers
   )
   loss_and_terms, d_numbers = jax.value_and_grad(

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from gpo_jax.linear import tiles
 from gpo_jax.linear.backward import Gradients, Slopes
 from gpo_jax.linear.chunks import Tiling, over_chunks
 from gpo_jax.linear.derivatives import once
-from gpo_jax.linear.forward import TokenLogProbs
+from gpo_jax.linear.forward import Seen, TokenLogProbs
 from gpo_jax.linear.head import Head
 from gpo_jax.linear.mesh import Layout
 
@@ -33,15 +34,25 @@ def log_probs(
 
 def _forward(tiling, layout, *arguments):
   arguments = jax.tree.map(lambda x: x.value, arguments)
-  return once(log_probs(tiling, layout, *arguments)), arguments
+  outputs, seen, _ = on_devices(tiling, layout, *arguments)
+  return once(outputs), (*arguments, seen)
 
 
-def _backward(tiling, layout, arguments, slopes):
-  hidden, head, tokens, mask = arguments
+def _backward(tiling, layout, residuals, slopes):
+  hidden, head, tokens, mask, seen = residuals
   own, entropy = (None if isinstance(x, SymbolicZero) else x for x in slopes)
   own = jnp.zeros(mask.shape, head.dtype) if own is None else own
-  slopes_of = lambda _, __, slopes: Slopes(*slopes)  # noqa: E731
-  _, gradients = on_devices(tiling, layout, hidden, head, tokens, mask, slopes_of, (own, entropy))
+
+  def gradients_of(hidden, head, tokens, mask, seen, slopes):
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    flat = jax.tree.map(jnp.ravel, (tokens, mask, seen, slopes))
+    gradients = tiles.gradients_of(tiling, layout, rows, head, *flat)
+    return gradients._replace(hidden=gradients.hidden.reshape(hidden.shape))
+
+  at = layout.tokens
+  specs = (*layout.specs(head), at, at, at, at)
+  run = layout.on_devices(gradients_of, specs, gradient_specs(layout, head))
+  gradients = run(hidden, head, tokens, mask, seen, Slopes(own, entropy))
   return *in_dtypes(gradients, hidden, head), None, None
 
 
@@ -58,23 +69,23 @@ def on_devices(
   slopes: Any = None,
   per_token: Any = (),
   numbers: tuple = (),
-) -> tuple[TokenLogProbs, Gradients | None]:
-  """Sweeps over the tokens `[..., T]` of each device; slopes are of (numbers, log_probs, …)."""
+) -> tuple[TokenLogProbs, Seen, Gradients | None]:
+  """Goes over the tokens `[..., T]` of each device; slopes are of (numbers, log_probs, …)."""
 
   def own(hidden, head, tokens, mask, per_token, numbers):
     rows = hidden.reshape(-1, hidden.shape[-1])
     flat = jax.tree.map(jnp.ravel, per_token)
     slopes_of = None if slopes is None else functools.partial(slopes, numbers)
-    outputs, gradients = over_chunks(
+    *per_row, gradients = over_chunks(
       tiling, layout, rows, head, tokens.ravel(), mask.ravel(), slopes_of, flat
     )
-    outputs = jax.tree.map(lambda x: x.reshape(tokens.shape), outputs)
+    outputs, seen = jax.tree.map(lambda x: x.reshape(tokens.shape), per_row)
     if gradients is not None:
       gradients = gradients._replace(hidden=gradients.hidden.reshape(hidden.shape))
-    return outputs, gradients
+    return outputs, seen, gradients
 
   at = layout.tokens
-  results = (at, None if slopes is None else gradient_specs(layout, head))
+  results = (at, at, None if slopes is None else gradient_specs(layout, head))
   specs = (*layout.specs(head), at, at, at, jax.sharding.PartitionSpec())
   return layout.on_devices(own, specs, results)(hidden, head, tokens, mask, per_token, numbers)
 

@@ -29,6 +29,7 @@ LINEAR = [
   {"forward"},
   {"backward"},
   {"chunks"},
+  {"tiles"},
   {"two_passes"},
   {"one_pass", "selected", "distributions"},
   {"api"},

@@ -138,7 +138,7 @@ def test_tokens_of_very_different_slopes_keep_theirs(dtype, chip):
     flat = tuple(x.ravel() for x in slopes)
     tiling = gpo.Tiling(128, VOCABULARY)
     known = arguments[3]
-    return _over_chunks(tiling, Layout(), given, chip, *arguments[:3], known, known, flat)[1]
+    return _over_chunks(tiling, Layout(), given, chip, *arguments[:3], known, known, flat)[2]
 
   found = gradients(tuple(jnp.asarray(slopes)))
   eps = float(jnp.finfo(NARROW[dtype]).eps)

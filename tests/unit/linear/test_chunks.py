@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gpo_jax as gpo
-from gpo_jax.linear.chunks import _compact, _over_chunks, as_tiling
+from gpo_jax.linear.chunks import _over_chunks, as_tiling, compact
 from gpo_jax.linear.mesh import Layout
 from gpo_jax.linear.two_passes import Slopes
 from tests.support import linear
@@ -108,7 +108,7 @@ def chunks_run(mask, tiling, chip=False):
     known = jnp.ones(size, bool)
     return _over_chunks(tiling, Layout(), slopes, chip, hidden, head, tokens, known, mask, mask)
 
-  outputs, gradients = run(hidden, jnp.asarray(mask))
+  outputs, _, gradients = run(hidden, jnp.asarray(mask))
   jax.block_until_ready(gradients)
   jax.effects_barrier()
   assert not jnp.isnan(gradients.hidden).any()
@@ -168,7 +168,7 @@ def test_masked_tokens_cost_nothing_wherever_they_are(place):
 
 def test_active_tokens_come_first_in_order():
   mask = some(9, 23, "scattered")
-  order, rank, active = _compact(jnp.asarray(mask), 5)
+  order, rank, active = compact(jnp.asarray(mask), 5)
   assert active == 9
   assert order.size == 25
   np.testing.assert_array_equal(order[:9], np.flatnonzero(mask))
@@ -224,4 +224,4 @@ def test_wrong_tilings_are_named(name):
 
 
 def test_sizes_of_numpy_are_sizes():
-  assert as_tiling(gpo.Tiling(np.int64(7), None)) == (7, None)
+  assert as_tiling(gpo.Tiling(np.int64(7), None)) == (7, None, False)
