@@ -57,7 +57,15 @@ def _gradients_of(tiling, layout, chip, hidden, head, tokens, mask, seen, slopes
   counts = jnp.arange(y.size, dtype=jnp.int32) < active
   seen = seen._replace(reference=jnp.where(counts, seen.reference, FAR))
   at_once = _at_once(tiling, layout)
-  sum_up = layout.sum_up if at_once else lambda x: x
+
+  def sum_up(x: jax.Array) -> jax.Array:
+    if not at_once:
+      return x
+    total = layout.sum_up(x)
+    if not layout.of_tokens:
+      return total
+    # By a 1 that the compiler cannot drop: a TPU's would narrow what devices add, not their sum.
+    return jax.lax.optimization_barrier(jnp.ones((), x.dtype)) * total
 
   def add_tile(start: Any, size: int, gradients: Gradients) -> Gradients:
     rows = head.unembedding, head.bias

@@ -45,6 +45,24 @@ def test_one_chip_is_faster_than_full_logits_in_half_their_memory(name, products
     assert found["cycles"] < full["cycles"]
 
 
+def test_recomputing_needs_a_tenth_of_the_memory_of_full_logits():
+  found, full = alone().linear_loss(gpo.dapo(), chips.AGAIN), alone().full_logits(gpo.dapo())
+  assert found["temporary"] < 0.6e9 < full["temporary"] / 8
+  assert found["cycles"] < 1.5 * full["cycles"]
+
+
+@pytest.mark.parametrize("name", ["FSDP, W over H", "data"])
+def test_recomputing_on_eight_chips_sums_each_part_of_the_gradient_once_in_float32(name):
+  layout = chips.LAYOUTS[8][name]
+  found = step(8, layout).linear_loss(gpo.dapo(), chips.AGAIN)
+  share = 1 if name == "data" else 8
+  sums = [x for x in found["collectives"] if x["kind"] in ("all-reduce", "reduce-scatter")]
+  total = sum(x["bytes"] * x["trips"] for x in sums if x["bytes"] > LARGE)
+  assert total == 4 * SIZE.vocabulary * SIZE.hidden // share
+  gathered = 2 * SIZE.vocabulary * SIZE.hidden if share > 1 else 0
+  assert found["temporary"] < 0.8e9 + gathered
+
+
 @pytest.mark.parametrize("name", chips.LAYOUTS[8])
 def test_a_chip_of_eight_costs_what_one_does(name):
   layout = chips.LAYOUTS[8][name]
