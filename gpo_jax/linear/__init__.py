@@ -2,8 +2,9 @@
 
 `api` holds the public functions, `head` makes logits. `forward` passes over the vocabulary for
 log-probabilities, `backward` for gradients, `chunks` loops over the tokens that count and calls
-both, `tiles` loops over the vocabulary outside of that, for gradients alone. `one_pass` and
-`two_passes` are the two ways to differentiate, and the rule that chooses; `selected` looks up K ids or a support; `mesh` says which device does what.
+both; `tiles` loops over the vocabulary outside of that, for gradients alone. `one_pass` and
+`two_passes` are the two ways to differentiate, and the rule that chooses; `selected` looks up K ids
+or a support; `mesh` says which device does what.
 """
 
 from gpo_jax.linear.api import linear_divergence as linear_divergence

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from gpo_jax._mesh import vary
 from gpo_jax.linear.backward import Gradients, Slopes, accumulate, zero_gradients
@@ -16,6 +18,12 @@ from gpo_jax.linear.chunks import CHIP_TWICE, CPU, Tiling, compact, each_chunk, 
 from gpo_jax.linear.forward import FAR, Seen, is_token
 from gpo_jax.linear.head import Head, logits_of, over_tiles, rows_of
 from gpo_jax.linear.mesh import Layout
+
+# Memory to be written. JAX's own would be batched under vmap, and summed as if it were a gradient.
+_unwritten = Primitive("unwritten")
+_unwritten.def_abstract_eval(lambda *, shape, dtype: jax.core.ShapedArray(shape, dtype))
+_unwritten.def_impl(jax.lax.empty)
+mlir.register_lowering(_unwritten, mlir.lower_fun(jax.lax.empty, multiple_results=False))
 
 
 def gradients_of(
@@ -98,9 +106,8 @@ def _gradients_of(tiling, layout, chip, hidden, head, tokens, mask, seen, slopes
   gradients = zero_gradients(h, head)
   # CPUs widen all of a narrow array to write a part of it.
   dtype = head.unembedding.dtype if at_once else head.dtype
-  unwritten = jax.lax.empty(
-    jax.eval_shape(sum_up, gradients.unembedding).shape, dtype if chip else head.dtype
-  )
+  shape = jax.eval_shape(sum_up, gradients.unembedding).shape
+  unwritten = _unwritten.bind(shape=shape, dtype=jnp.dtype(dtype if chip else head.dtype))
   gradients = vary((y, gradients._replace(unembedding=unwritten)))[1]
   d_hidden, unembedding, bias = over_tiles(vocabulary, tile, add_tile, gradients)
   return Gradients(pick(d_hidden, rank), unembedding.astype(dtype), bias)

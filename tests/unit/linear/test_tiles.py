@@ -106,6 +106,15 @@ def test_gradients_on_every_path(chip, dtype):
     assert np.linalg.norm(np.asarray(x, np.float64) - y) < eps * np.linalg.norm(y)
 
 
+def test_a_vmap_around_adds_nothing_to_gradients():
+  """JAX's own `empty` is batched, and what is batched is summed."""
+  hidden, unembedding, tokens = jnp.eye(3), jnp.arange(9.0).reshape(3, 3) / 9, jnp.arange(3)
+  f = lambda w: jnp.sum(gpo.linear_token_log_probs(hidden, w, tokens).log_probs)
+  scaled = lambda w: jnp.sum(jax.vmap(lambda c: c * f(w))(jnp.array([1.0, -0.5, 2.0])))
+  gradient, expected = jit(jax.grad(scaled))(unembedding), jit(jax.grad(f))(unembedding)
+  np.testing.assert_allclose(gradient, 2.5 * expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("recompute", [1, None, "yes"])
 def test_recompute_is_true_or_false(recompute):
   with pytest.raises(ValueError, match=f"recompute must be True or False; got {recompute!r}"):
