@@ -21,9 +21,15 @@ from gpo_jax.linear.mesh import Layout
 
 # Memory to be written. JAX's own would be batched under vmap, and summed as if it were a gradient.
 _unwritten = Primitive("unwritten")
-_unwritten.def_abstract_eval(lambda *, shape, dtype: jax.core.ShapedArray(shape, dtype))
-_unwritten.def_impl(jax.lax.empty)
-mlir.register_lowering(_unwritten, mlir.lower_fun(jax.lax.empty, multiple_results=False))
+_unwritten.def_abstract_eval(lambda **of: jax.core.ShapedArray(**of))
+
+
+@_unwritten.def_impl
+def _memory(*, shape: tuple[int, ...], dtype: Any, **_: Any) -> jax.Array:
+  return jax.lax.empty(shape, dtype)
+
+
+mlir.register_lowering(_unwritten, mlir.lower_fun(_memory, multiple_results=False))
 
 
 def gradients_of(
@@ -107,7 +113,11 @@ def _gradients_of(tiling, layout, chip, hidden, head, tokens, mask, seen, slopes
   # CPUs widen all of a narrow array to write a part of it.
   dtype = head.unembedding.dtype if at_once else head.dtype
   shape = jax.eval_shape(sum_up, gradients.unembedding).shape
-  unwritten = _unwritten.bind(shape=shape, dtype=jnp.dtype(dtype if chip else head.dtype))
+  unwritten = _unwritten.bind(
+    shape=shape,
+    dtype=jnp.dtype(dtype if chip else head.dtype),
+    sharding=jax.typeof(gradients.unembedding).sharding,
+  )
   gradients = vary((y, gradients._replace(unembedding=unwritten)))[1]
   d_hidden, unembedding, bias = over_tiles(vocabulary, tile, add_tile, gradients)
   return Gradients(pick(d_hidden, rank), unembedding.astype(dtype), bias)

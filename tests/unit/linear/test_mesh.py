@@ -59,6 +59,12 @@ def wanted():
   return linear.jit(both)(STATE, TOKENS, rollouts())
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _of_one_device():
+  """Computes what is wanted before any mesh is set, whose axes would become part of its types."""
+  wanted()
+
+
 def mesh_of(sizes, kind):
   count = int(np.prod(list(sizes.values())))
   axes = tuple(sizes.values()), tuple(sizes)
