@@ -121,9 +121,10 @@ def linear_loss(
   token, one pass over the vocabulary computes loss and gradients, in three matrix products of
   tokens × V × H, as if the logits were kept. The package's token-level functions are declared
   tokenwise; declare yours with `gpo.tokenwise`. All other objectives (ratios, divergences or
-  corrections of responses, functions of your own) take the two passes of `linear_token_log_probs`.
-  Outside of `jax.jit` a function of your own is compiled in each call, with what it closes over
-  then.
+  corrections of responses, functions of your own) take the two passes of `linear_token_log_probs`,
+  as all do with `Tiling(recompute=True)`, which holds no gradient of the unembedding besides the
+  result. Outside of `jax.jit` a function of your own is compiled in each call, with what it closes
+  over then.
 
   Args:
     objective: the objective; its numbers are differentiable too.
