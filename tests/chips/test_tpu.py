@@ -58,7 +58,8 @@ def test_recomputing_on_eight_chips_sums_each_part_of_the_gradient_once_in_float
   share = 1 if name == "data" else 8
   sums = [x for x in found["collectives"] if x["kind"] in ("all-reduce", "reduce-scatter")]
   total = sum(x["bytes"] * x["trips"] for x in sums if x["bytes"] > LARGE)
-  assert total == 4 * SIZE.vocabulary * SIZE.hidden // share
+  part = 4 * SIZE.vocabulary * SIZE.hidden // share
+  assert part <= total < part + LARGE  # the loss may travel with the last one
   gathered = 2 * SIZE.vocabulary * SIZE.hidden if share > 1 else 0
   assert found["temporary"] < 0.8e9 + gathered
 
