@@ -84,12 +84,8 @@ def over_chunks(
   """
   head = layout.gather(head)
   arguments = (hidden, head, *layout.own_tokens(tokens, head), mask, per_token)
-  # The platform that the program is compiled for need not be the one that traces it.
-  outputs, seen, gradients = jax.lax.platform_dependent(
-    *arguments,
-    cpu=functools.partial(_over_chunks, tiling, layout, slopes, False),
-    default=functools.partial(_over_chunks, tiling, layout, slopes, True),
-  )
+  run = functools.partial(_over_chunks, tiling, layout, slopes)
+  outputs, seen, gradients = by_platform(run, *arguments)
   return outputs, seen, None if gradients is None else layout.reduce(gradients)
 
 
@@ -107,6 +103,12 @@ def _over_chunks(tiling, layout, slopes, chip, hidden, head, tokens, known, mask
   if gradients is not None:
     gradients = gradients._replace(hidden=pick(gradients.hidden, rank))
   return *pick((outputs, seen), rank), gradients
+
+
+def by_platform(function: Callable, *arguments: Any) -> Any:
+  """Calls `function(chip, …)` for the platform that is compiled for; another one may trace."""
+  ways = {"cpu": functools.partial(function, False), "default": functools.partial(function, True)}
+  return jax.lax.platform_dependent(*arguments, **ways)
 
 
 def sizes(tiling: Tiling, default: tuple, length: int, vocabulary: int) -> tuple[int, int]:

@@ -13,8 +13,18 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from gpo_jax._mesh import vary
-from gpo_jax.linear.backward import Gradients, Slopes, accumulate, zero_gradients
-from gpo_jax.linear.chunks import CHIP_TWICE, CPU, Tiling, compact, each_chunk, pick, put, sizes
+from gpo_jax.linear.backward import Gradients, Slopes, accumulate, cast, zero_gradients
+from gpo_jax.linear.chunks import (
+  CHIP_TWICE,
+  CPU,
+  Tiling,
+  by_platform,
+  compact,
+  each_chunk,
+  pick,
+  put,
+  sizes,
+)
 from gpo_jax.linear.forward import FAR, Seen, is_token
 from gpo_jax.linear.head import Head, logits_of, over_tiles, rows_of
 from gpo_jax.linear.mesh import Layout
@@ -49,11 +59,7 @@ def gradients_of(
   """
   head = layout.gather(head)
   arguments = (hidden, head, layout.own_tokens(tokens, head)[0], mask, seen, slopes)
-  gradients = jax.lax.platform_dependent(
-    *arguments,
-    cpu=functools.partial(_gradients_of, tiling, layout, False),
-    default=functools.partial(_gradients_of, tiling, layout, True),
-  )
+  gradients = by_platform(functools.partial(_gradients_of, tiling, layout), *arguments)
   return layout.reduce(gradients, summed=_at_once(tiling, layout))
 
 
@@ -71,15 +77,7 @@ def _gradients_of(tiling, layout, chip, hidden, head, tokens, mask, seen, slopes
   counts = jnp.arange(y.size, dtype=jnp.int32) < active
   seen = seen._replace(reference=jnp.where(counts, seen.reference, FAR))
   at_once = _at_once(tiling, layout)
-
-  def sum_up(x: jax.Array) -> jax.Array:
-    if not at_once:
-      return x
-    total = layout.sum_up(x)
-    if not layout.of_tokens:
-      return total
-    # By a 1 that the compiler cannot drop: a TPU's would narrow what devices add, not their sum.
-    return jax.lax.optimization_barrier(jnp.ones((), x.dtype)) * total
+  sum_up = layout.sum_up if at_once else lambda x: x
 
   def add_tile(start: Any, size: int, gradients: Gradients) -> Gradients:
     rows = head.unembedding, head.bias
@@ -105,7 +103,7 @@ def _gradients_of(tiling, layout, chip, hidden, head, tokens, mask, seen, slopes
       begin += chunk
     with jax.named_scope("tiles"):
       sums = each_chunk(chunk, begin, active, add_chunk, sums)
-    found = sum_up(sums.unembedding), sums.bias
+    found = cast(sum_up(sums.unembedding), gradients.unembedding.dtype), sums.bias
     whole = gradients.unembedding, gradients.bias
     return Gradients(sums.hidden, *jax.tree.map(lambda x, y: put(x, y, start), whole, found))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from gpo_jax.linear import tiles
-from gpo_jax.linear.backward import Gradients, Slopes
+from gpo_jax.linear.backward import Gradients, Slopes, cast
 from gpo_jax.linear.chunks import Tiling, over_chunks
 from gpo_jax.linear.derivatives import once
 from gpo_jax.linear.forward import Seen, TokenLogProbs
@@ -103,13 +103,7 @@ def in_dtypes(gradients: Any, hidden: jax.Array, head: Head) -> tuple[jax.Array,
   rule of another, so their tree must not depend on it. The compiler drops what nobody reads.
   """
   d_hidden, d_unembedding, d_bias = once(gradients)
-  # A factor that the compiler cannot drop as 1: on TPUs scaling casts faster than casting alone.
-  one = jax.lax.optimization_barrier(jnp.ones((), head.dtype))
-
-  def cast(x: jax.Array, like: jax.Array) -> jax.Array:
-    return x if x.dtype == like.dtype else (one * x).astype(like.dtype)
-
-  bias = None if head.bias is None else cast(d_bias, head.bias)
+  bias = None if head.bias is None else cast(d_bias, head.bias.dtype)
   constant: Any = None  # softcap and temperature
-  own = Head(cast(d_unembedding, head.unembedding), bias, constant, constant)
-  return cast(d_hidden, hidden), own
+  own = Head(cast(d_unembedding, head.unembedding.dtype), bias, constant, constant)
+  return cast(d_hidden, hidden.dtype), own
