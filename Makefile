@@ -76,11 +76,12 @@ FAST := $(addprefix tests/unit/test_,$(addsuffix .py,traits layers types inputs 
 test-fast: setup  ## Run a quick part of them, for the inner loop: about a minute
 	$(BIN)/python -m pytest $(SHARED) -m "not slow" -q $(FAST) $(ARGS)
 
-test-all: $(VENV)/.clients  ## Run the slow tests too, with every client installed
+test-all: $(VENV)/.clients  ## Run the slow tests too, with every client and compiler installed: an hour or more
 	OPTIMIZE=1 $(BIN)/python -m pytest $(SHARED) $(ARGS)
 	@if $(PYTHON312) -c '' 2>/dev/null; then $(MAKE) test-skyrl; \
 	else echo "skipped: SkyRL needs Python 3.12; name one, make test-all PYTHON312=..."; fi
 	$(MAKE) test-easydel
+	$(MAKE) test-chips
 
 test-easydel: .venv-easydel/.complete  ## Run the test that needs EasyDeL
 	.venv-easydel/bin/python -m pytest $(ARGS) tests/integration/test_examples.py -k easydel
