@@ -299,6 +299,25 @@ def test_a_head_gives_the_same_without_logits_of_all_tokens(example, packed, nam
   assert largest_logits("linear", example, chunk_size=2) < logits
 
 
+def test_a_head_on_the_actors_mesh_gives_the_same(example):
+  mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  P = jax.sharding.PartitionSpec
+  sharding = gpo.Sharding(mesh, tokens=P("data"), unembedding=P(None, ("data", "model")))
+  register("one", gpo.grpo(), head=head)
+  register("mesh", gpo.grpo(), head=head, sharding=sharding)
+  expected = evaluate("one", example)
+  found = evaluate("mesh", example)
+  assert found[0] == pytest.approx(expected[0], rel=1e-5)
+  assert found[1] == pytest.approx(expected[1], rel=1e-4, abs=1e-6)
+  assert relative_error(found[2], expected[2]) < 1e-5
+  graphdef, state = nnx.split(Policy(0))
+  program = lambda name: str(
+    jax.make_jaxpr(lambda s: loss_of(name)(nnx.merge(graphdef, s), example)[0])(state)
+  )
+  assert "shard_map" in program("mesh")
+  assert "shard_map" not in program("one")
+
+
 @pytest.mark.skipif(not hasattr(sft_utils, "LossOutput"), reason="Tunix has no chunks up to 0.1.7")
 def test_the_chunk_size_of_tunix_bounds_the_logits(example):
   register("ours", gpo.grpo())
