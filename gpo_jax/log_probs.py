@@ -68,13 +68,32 @@ def token_log_probs(
   z = scaled()
   ids = as_tokens(tokens, z.shape[:-1], f"logits {list(z.shape)}", several=True)
   known = (ids >= 0) & (ids < z.shape[-1])
+  ids = jnp.where(known, ids, 0).astype(jnp.int32)
   # Taken before the scaling, so that no array of scaled logits has to be kept for it.
-  own = scaled(lambda x: jnp.take_along_axis(x, jnp.where(known, ids, 0), axis=-1))
+  own = scaled(lambda x: jnp.take_along_axis(x, ids, axis=-1))
+  own = _as_part_of(z, jax.lax.stop_gradient(own), ids)
   # Relative to the largest logit, so that the difference keeps its digits however large logits are.
   largest = jax.lax.stop_gradient(jnp.max(z, axis=-1, keepdims=True))
   log_probs = own - largest - jnp.log(jnp.sum(jnp.exp(z - largest), axis=-1, keepdims=True))
   log_probs = jnp.where(own == jnp.finfo(own.dtype).min, -jnp.inf, log_probs)
   return jnp.where(known, log_probs, jnp.nan).reshape(np.shape(tokens))
+
+
+@jax.custom_jvp
+def _as_part_of(z: jax.Array, own: jax.Array, ids: jax.Array) -> jax.Array:
+  """Returns `z[ids]`, which is own, with its slope: the gradient is added up before it is cast."""
+  return own
+
+
+@_as_part_of.defjvp
+def _slope_of_part(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+  (z, _, ids), slope = primals, tangents[0]
+  own = _as_part_of(*primals)
+  if ids.shape[-1] > 1:
+    return own, jnp.take_along_axis(slope, ids, axis=-1)
+  # Not a gather, whose gradient would be scattered into an array of zeros.
+  chosen = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1) == ids
+  return own, jnp.sum(jnp.where(chosen, slope, 0), axis=-1, keepdims=True)
 
 
 def token_entropy(

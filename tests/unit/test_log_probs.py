@@ -90,6 +90,34 @@ def test_logits_of_any_dtype_are_computed_in_float32(dtype):
   assert gradient.dtype == dtype
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_of_sure_tokens_are_added_up_before_they_are_rounded(dtype, several):
+  rng = np.random.default_rng(3)
+  logits = rng.normal(size=(64, 8)).astype(np.float32)
+  logits[:, 2] += np.linspace(2, 9, 64)  # probabilities up to 0.999
+  logits = jnp.asarray(logits, dtype)
+  exact = np.asarray(logits, np.float64)
+  p = np.exp(log_softmax(exact))
+  ids = np.array([2, 5, 7] if several else [2])
+  slopes = p[:, ids] if several else np.ones((64, 1))  # of a student at its teacher's
+  expected = -slopes.sum(-1, keepdims=True) * p
+  expected[:, ids] += slopes
+  slopes, ids = jnp.asarray(slopes, jnp.float32), jnp.broadcast_to(ids, slopes.shape)
+
+  def plain(x):  # rounds both ways to a logit, then adds
+    own = jnp.take_along_axis(x, ids, axis=-1).astype(jnp.float32)
+    return own - jax.nn.logsumexp(x.astype(jnp.float32), axis=-1, keepdims=True)
+
+  def largest_error(function):
+    found = jax.grad(lambda x: jnp.sum(slopes * function(x)))(logits)
+    allowed = float(jnp.finfo(dtype).eps) * np.abs(expected) + 1e-6
+    return np.max(np.abs(np.asarray(found, np.float64) - expected) / allowed)
+
+  assert largest_error(lambda x: gpo.token_log_probs(x, ids)) < 1
+  assert largest_error(plain) > 5
+
+
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_float64():
   logits = LOGITS.astype(np.float64)
