@@ -23,6 +23,11 @@ def divergence(
   """Computes a divergence of each token, 0 where masked; JAX differentiates it."""
   layout, hidden, head = layout_of(sharding, hidden, head)
   ref_layout, ref_hidden, ref_head = layout_of(sharding, ref_hidden, ref_head)
+  if layout.inside or ref_layout.inside:
+    raise ValueError(
+      "linear_divergence cannot be inside of a jax.shard_map over some axes of a mesh and sharded "
+      "over others, JAX does not differentiate that: map over all axes, or call it outside"
+    )
   narrow = head.unembedding.dtype
 
   def own(hidden, head, ref_hidden, ref_head, mask):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from gpo_jax._mesh import vary
 from gpo_jax.linear.head import Head
 
 
@@ -48,7 +49,13 @@ class Layout(NamedTuple):
     own = jax.shard_map(
       function, mesh=self.mesh, in_specs=specs, out_specs=results, check_vma=False
     )
-    return lambda *arguments: own(*self.place(arguments, specs))
+
+    def run(*arguments: Any) -> Any:
+      found = own(*self.place(arguments, specs))
+      # That a result varies over the axes of a `shard_map` around this one, its type has lost.
+      return vary((arguments, found))[1] if self.inside else found
+
+    return run
 
   def place(self, tree: Any, specs: Any) -> Any:
     """Moves arrays on Explicit axes to where their specs say; on Auto axes the compiler does."""
@@ -73,6 +80,11 @@ class Layout(NamedTuple):
     number: Any = PartitionSpec()
     specs: Any = Head(unembedding, bias, number, number)
     return specs._replace(**{name: None for name in head._fields if getattr(head, name) is None})
+
+  @property
+  def inside(self) -> bool:
+    """Tells whether this is called inside of a `shard_map` over other axes of the mesh."""
+    return self.mesh is not None and bool(jax.sharding.get_abstract_mesh().manual_axes)
 
   @property
   def whole(self) -> "Layout":

@@ -170,14 +170,19 @@ IDS = np.random.default_rng(1).integers(0, VOCABULARY, (*MASK.shape, 3))
 TEACHER = linear.draw(7, width=24)[:2]
 
 
-def of_distributions(hidden, unembedding, bias, teacher, teacher_head, ids, mask, **how):
-  """Sums log-probabilities at several ids, within a support, and a divergence."""
+def of_ids(hidden, unembedding, bias, ids, mask, **how):
+  """Computes log-probabilities at several ids, and within a support."""
   head, how = gpo.Head(unembedding, bias), {"mask": mask, "tiling": TILING} | how
   several = gpo.linear_token_log_probs(hidden, head, ids, **how)
-  within = gpo.linear_token_log_probs(hidden, head, ids[..., 0], support=ids, **how)
-  function = gpo.vocabulary.jensen_shannon
-  divergence = gpo.linear_divergence(function, hidden, head, teacher, teacher_head, **how)
-  parts = (*several, *within, divergence)
+  return *several, *gpo.linear_token_log_probs(hidden, head, ids[..., 0], support=ids, **how)
+
+
+def of_distributions(hidden, unembedding, bias, teacher, teacher_head, ids, mask, **how):
+  """Sums log-probabilities at several ids, within a support, and a divergence."""
+  own, function = (hidden, gpo.Head(unembedding, bias)), gpo.vocabulary.jensen_shannon
+  settings = {"mask": mask, "tiling": TILING} | how
+  divergence = gpo.linear_divergence(function, *own, teacher, teacher_head, **settings)
+  parts = (*of_ids(hidden, unembedding, bias, ids, mask, **how), divergence)
   return sum(jnp.sum(x**2) for x in parts), parts
 
 
@@ -226,6 +231,56 @@ def test_distributions_inside_a_shard_map_of_the_user_s_tokens():
   run = linear.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2)))
   (value, _), gradients = distributions()
   assert_same(run(*STATE, *TEACHER, IDS, MASK), (value, gradients), 3e-5)
+
+
+INSIDE = {  # of a shard_map over x
+  "vocabulary": (AxisType.Auto, P("v")),
+  "hidden": (AxisType.Auto, P(None, "v")),
+  "replicated": (AxisType.Auto, P()),
+  "explicit": (AxisType.Explicit, P("v")),
+}
+
+
+def of_kind(i, hidden, unembedding, bias, tokens, rollouts, ids, mask, **how):
+  """A loss by one pass, by two, by two although one is enough; and of log-probabilities of ids."""
+  if i == len(OBJECTIVES):
+    return sum(jnp.sum(x**2) for x in of_ids(hidden, unembedding, bias, ids, mask, **how))
+  head, rollout, how = gpo.Head(unembedding, bias), rollouts[i], {"tiling": TILINGS[i]} | how
+  return gpo.linear_loss(OBJECTIVES[i], hidden, head, tokens, rollout, **how)[0]
+
+
+@functools.cache
+def of_one_device(i):
+  run = linear.jit(jax.grad(functools.partial(of_kind, i), argnums=(0, 1, 2)))
+  return jax.device_get(run(*STATE, TOKENS, rollouts(), IDS, MASK))
+
+
+@pytest.mark.quick("explicit-two_passes")
+@pytest.mark.parametrize("kind", range(4), ids=["one_pass", "two_passes", "recompute", "ids"])
+@pytest.mark.parametrize("name", INSIDE)
+def test_on_some_axes_inside_a_shard_map_over_others(name, kind):
+  expected = of_one_device(kind)
+  axes, unembedding = INSIDE[name]
+  how = {"sharding": gpo.Sharding(unembedding=unembedding)} if axes == AxisType.Auto else {}
+  mesh = mesh_of({"x": 4, "v": 2}, axes)
+  loss = lambda *arguments: jax.lax.psum(of_kind(kind, *arguments, **how), "x")
+  specs = P("x"), P(), P(), P("x"), P("x"), P("x"), P("x")
+  with jax.set_mesh(mesh):
+    mapped = jax.shard_map(loss, in_specs=specs, out_specs=P(), axis_names={"x"})
+    state = HIDDEN, place(mesh, unembedding, UNEMBEDDING), BIAS
+    run = linear.jit(jax.grad(mapped, argnums=(0, 1, 2)))
+    found = jax.device_get(run(*state, TOKENS, rollouts(), IDS, MASK))
+  assert_same(found, expected, 3e-5)
+
+
+def test_a_divergence_on_some_axes_inside_a_shard_map_over_others_is_refused():
+  mesh = mesh_of({"x": 4, "v": 2}, AxisType.Auto)
+  sharding = gpo.Sharding(unembedding=P("v"))
+  divergence = lambda *x: gpo.linear_divergence(gpo.vocabulary.kl, *x, *x, sharding=sharding)
+  with jax.set_mesh(mesh):
+    mapped = jax.shard_map(divergence, in_specs=(P("x"), P()), out_specs=P("x"), axis_names={"x"})
+    with pytest.raises(ValueError, match="inside of a jax.shard_map over some axes"):
+      jax.jit(mapped)(HIDDEN, UNEMBEDDING)
 
 
 def test_an_id_outside_of_every_part_of_the_vocabulary_is_nan():
