@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
 from benchmarks import hlo, report
-from benchmarks.device import both, full, linear, products
+from benchmarks.device import both, full, linear, plain, products
 from gpo_jax.linear.chunks import CHIP
 from gpo_jax.linear.mesh import axis_names_of
 from gpo_jax.linear.one_pass import is_enough
@@ -135,9 +136,9 @@ class Step:
     hidden, unembedding, _ = self.arrays()
     return self._report(products, hidden, unembedding)
 
-  def full_logits(self, objective: gpo.Objective) -> dict:
+  def full_logits(self, objective: gpo.Objective, function: Callable = full) -> dict:
     """Reports on the loss and its gradients by way of the logits."""
-    loss = lambda h, w, y, r: full(h, w, y, objective, r)  # noqa: E731
+    loss = lambda h, w, y, r: function(h, w, y, objective, r)  # noqa: E731
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
   def linear_loss(self, objective: gpo.Objective, tiling: gpo.Tiling | None = None) -> dict:
@@ -240,7 +241,8 @@ def one_chip(kind: str, size: Size) -> list[dict]:
   step = Step(kind, 1, Layout({"data": 1}), size)
   rows = [
     {"name": "three products", **step.products()},
-    {"name": "full logits, dapo", **step.full_logits(gpo.dapo())},
+    {"name": "full logits, jax.nn.log_softmax, dapo", **step.full_logits(gpo.dapo(), plain)},
+    {"name": "full logits, token_log_probs, dapo", **step.full_logits(gpo.dapo())},
     {"name": "linear_loss, dapo", **step.linear_loss(gpo.dapo())},
     {"name": "linear_loss, gspo", **step.linear_loss(gpo.gspo())},
     {"name": "linear_loss, dapo, recompute", **step.linear_loss(gpo.dapo(), AGAIN)},

@@ -72,6 +72,14 @@ def full(hidden, unembedding, tokens, objective, rollout, dtype=None):
   return objective(gpo.token_log_probs(logits, tokens), rollout)[0]
 
 
+def plain(hidden, unembedding, tokens, objective, rollout):
+  """Computes log-probabilities as most code does: all of them, in float32."""
+  logits = jnp.einsum("...h,vh->...v", hidden, unembedding)
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  own = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+  return objective(own, rollout)[0]
+
+
 def products(hidden, unembedding):
   """Computes the three matrix products of forward and backward pass, and nothing else."""
   logits = jnp.einsum("...h,vh->...v", hidden, unembedding)

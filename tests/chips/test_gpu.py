@@ -29,11 +29,13 @@ def one_chip(name):
   return alone().linear_loss(gpo.preset(name))
 
 
-@pytest.mark.parametrize("name", ["dapo", "gspo"])
-def test_one_chip_holds_two_thirds_of_what_full_logits_do(name):
-  """Of it dW, in float32, is what no loop can do without."""
-  full = alone().full_logits(gpo.preset(name))
-  assert one_chip(name)["temporary"] < 2 / 3 * full["temporary"]
+@pytest.mark.parametrize(("name", "share"), [("dapo", 0.75), ("gspo", 0.15)])
+def test_one_chip_holds_less_than_full_logits(name, share):
+  """Of twice the tokens; in one pass most of it is dW in float32, whatever the tokens."""
+  twice = chips.Step(chips.GPU, 1, chips.Layout({"data": 1}), SIZE._replace(tokens=2 * SIZE.tokens))
+  objective = gpo.preset(name)
+  found, full = twice.linear_loss(objective), twice.full_logits(objective)
+  assert found["temporary"] < share * full["temporary"]
 
 
 @pytest.mark.parametrize("name", chips.LAYOUTS[8])

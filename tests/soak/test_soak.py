@@ -50,6 +50,7 @@ def draw_structure(rng, **forced):
   s |= forced
   s["grouped"] &= s["advantage"] != "batch_standardize"
   s["sampler"] |= any("importance" in name or name == "reject" for name in s["corrections"])
+  s["old"] |= s["sampler"] and bool({"vespo", "topr"} & set(s["corrections"]))
   s["responses"] = int(rng.integers(1, 5)), int(rng.integers(2, 6))
   length = int(rng.integers(4, 16) if s["packed"] else rng.integers(1, 9))
   s["shape"] = (s["responses"][:1] if s["packed"] else s["responses"]) + (length,)
