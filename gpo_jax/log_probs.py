@@ -38,6 +38,8 @@ def token_log_probs(
 
       log π_t = z_{y_t} − log Σ_v exp(z_v)
 
+  The gradient is computed in float32 too, and rounded once to the dtype of the logits.
+
   Args:
     logits: `[..., T, V]`.
     tokens: the sampled tokens, `[..., T]` integers in [0, V), or K ids per position, `[..., T, K]`.

@@ -215,7 +215,8 @@ def linear_divergence(
     Divergences, `[..., T]`.
 
   Raises:
-    ValueError: if shapes or dtypes do not fit.
+    ValueError: if shapes or dtypes do not fit; for arrays sharded over some axes of a mesh inside
+      of a `jax.shard_map` over others.
 
   Example:
     >>> import gpo_jax as gpo

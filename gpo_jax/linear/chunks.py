@@ -34,8 +34,9 @@ class Tiling(NamedTuple):
     tile_size: entries of the vocabulary at a time. 1024 on CPU, where a tile stays in the cache;
       elsewhere V in one pass, 8192 in two.
     recompute: whether `linear_loss` takes two passes for objectives that need one only: four
-      products for three, but no gradient of the unembedding is accumulated, 4·V·H bytes. On a mesh
-      each tile's part of it is then summed over devices at once, if W is not gathered over V.
+      products for three, but no gradient of the unembedding is accumulated, 4·V·H bytes, except on
+      CPU of a W in bfloat16. On a mesh each tile's part of it is then summed over devices at once,
+      if W is not gathered over V.
   """
 
   chunk_size: int | None = None
