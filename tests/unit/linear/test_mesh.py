@@ -255,12 +255,14 @@ def of_one_device(i):
   return jax.device_get(run(*STATE, TOKENS, rollouts(), IDS, MASK))
 
 
-@pytest.mark.quick("explicit-two_passes")
+@pytest.mark.quick("vocabulary-two_passes")
 @pytest.mark.parametrize("kind", range(4), ids=["one_pass", "two_passes", "recompute", "ids"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_on_some_axes_inside_a_shard_map_over_others(name, kind):
   expected = of_one_device(kind)
   axes, unembedding = INSIDE[name]
+  if axes == AxisType.Explicit and jax.__version_info__ < (0, 10):
+    pytest.skip("JAX 0.8 raises an error for Explicit axes there, for one pass too")
   how = {"sharding": gpo.Sharding(unembedding=unembedding)} if axes == AxisType.Auto else {}
   mesh = mesh_of({"x": 4, "v": 2}, axes)
   loss = lambda *arguments: jax.lax.psum(of_kind(kind, *arguments, **how), "x")
