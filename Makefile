@@ -119,7 +119,7 @@ bench-device: setup  ## Parity and times on this accelerator, beside torch and L
 	  jax-cuda12-plugin nvidia-cuda-nvcc-cu12
 	@touch $@
 
-bench-chips: .venv-chips/.complete  ## Compile steps for TPUs and GPUs that are not here, and weigh them; 20 minutes
+bench-chips: .venv-chips/.complete  ## Compile steps for TPUs and GPUs that are not here, and weigh them; half an hour
 	.venv-chips/bin/python -m benchmarks.chips --out benchmarks $(ARGS)
 
 test-chips: .venv-chips/.complete  ## Test what compilers make of steps for TPUs and GPUs, in about 10 minutes
