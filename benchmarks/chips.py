@@ -25,10 +25,11 @@ from jax.sharding import PartitionSpec as P
 
 import gpo_jax as gpo
 from benchmarks import hlo, report
-from benchmarks.device import both, full, linear, plain, products
-from gpo_jax.linear.chunks import CHIP
+from benchmarks.device import both, full, linear, products
+from benchmarks.logits import naive
+from gpo_jax.linear.chunks import CHIP, as_tiling
 from gpo_jax.linear.mesh import axis_names_of
-from gpo_jax.linear.one_pass import is_enough
+from gpo_jax.linear.one_pass import is_taken
 
 _SLICES = {  # the name of a slice of so many chips, and of the machine that holds it
   ("v5e", 1): "v5e:1x1", ("v5e", 8): "v5e:2x4", ("v5e", 256): "v5e:16x16",
@@ -136,9 +137,11 @@ class Step:
     hidden, unembedding, _ = self.arrays()
     return self._report(products, hidden, unembedding)
 
-  def full_logits(self, objective: gpo.Objective, function: Callable = full) -> dict:
+  def full_logits(
+    self, objective: gpo.Objective, log_probs: Callable = gpo.token_log_probs
+  ) -> dict:
     """Reports on the loss and its gradients by way of the logits."""
-    loss = lambda h, w, y, r: function(h, w, y, objective, r)  # noqa: E731
+    loss = lambda h, w, y, r: full(h, w, y, objective, r, log_probs=log_probs)  # noqa: E731
     return self._report(both(loss), *self.arrays(), self.rollout(objective))
 
   def linear_loss(self, objective: gpo.Objective, tiling: gpo.Tiling | None = None) -> dict:
@@ -147,7 +150,7 @@ class Step:
     alone = self.mesh.size == 1
     how = {"sharding": None if alone else gpo.Sharding(self.mesh, tokens, unembedding)}
     loss = lambda h, w, y, r: linear(h, w, y, objective, r, tiling=tiling, **how)  # noqa: E731
-    one_pass = is_enough(objective) and not (tiling and tiling.recompute)
+    one_pass = is_taken(as_tiling(tiling), objective)
     return self._report(both(loss), *self.arrays(), self.rollout(objective), one_pass=one_pass)
 
   def _report(self, function: Any, *arguments: Any, one_pass: bool = False) -> dict:
@@ -229,6 +232,11 @@ def from_log_probs(kind: str) -> list[dict]:
   return rows
 
 
+def log_softmax(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Computes log-probabilities as most code does: all of them, in float32."""
+  return naive(logits.astype(jnp.float32), tokens)
+
+
 def vocabulary_parts(layout: Layout) -> int:
   """Counts the parts of the vocabulary that chips keep to themselves."""
   of_tokens = {axis for entry in layout.tokens for axis in axis_names_of(entry)}
@@ -241,7 +249,7 @@ def one_chip(kind: str, size: Size) -> list[dict]:
   step = Step(kind, 1, Layout({"data": 1}), size)
   rows = [
     {"name": "three products", **step.products()},
-    {"name": "full logits, jax.nn.log_softmax, dapo", **step.full_logits(gpo.dapo(), plain)},
+    {"name": "full logits, jax.nn.log_softmax, dapo", **step.full_logits(gpo.dapo(), log_softmax)},
     {"name": "full logits, token_log_probs, dapo", **step.full_logits(gpo.dapo())},
     {"name": "linear_loss, dapo", **step.linear_loss(gpo.dapo())},
     {"name": "linear_loss, gspo", **step.linear_loss(gpo.gspo())},

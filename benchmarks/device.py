@@ -67,17 +67,11 @@ def linear(hidden, unembedding, tokens, objective, rollout, **how):
   return gpo.linear_loss(objective, hidden, unembedding, tokens, rollout, **how)[0]
 
 
-def full(hidden, unembedding, tokens, objective, rollout, dtype=None):
+def full(
+  hidden, unembedding, tokens, objective, rollout, dtype=None, log_probs=gpo.token_log_probs
+):
   logits = jnp.einsum("...h,vh->...v", hidden, unembedding, preferred_element_type=dtype)
-  return objective(gpo.token_log_probs(logits, tokens), rollout)[0]
-
-
-def plain(hidden, unembedding, tokens, objective, rollout):
-  """Computes log-probabilities as most code does: all of them, in float32."""
-  logits = jnp.einsum("...h,vh->...v", hidden, unembedding)
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  own = jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
-  return objective(own, rollout)[0]
+  return objective(log_probs(logits, tokens), rollout)[0]
 
 
 def products(hidden, unembedding):

@@ -171,7 +171,7 @@ def linear_loss(
 def _evaluate(tiling, layout, structure, *arguments):
   hidden, head, tokens, numbers, rollout = vary(arguments)
   objective = one_pass.join(structure, numbers)
-  if one_pass.is_enough(objective) and not tiling.recompute:
+  if one_pass.is_taken(tiling, objective):
     return one_pass.loss(tiling, layout, structure, hidden, head, tokens, numbers, rollout)
   outputs = two_passes.log_probs(tiling, layout, hidden, head, tokens, rollout.mask)
   log_probs = outputs.log_probs.astype(rollout.weights.dtype)

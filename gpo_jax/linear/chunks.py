@@ -100,7 +100,7 @@ def _over_chunks(tiling, layout, slopes, chip, hidden, head, tokens, known, mask
   target = jnp.where(known, own_logits, -jnp.inf)
   chunks = _Chunks(h, head, y, known, target, fields, active, layout, slopes, tile, chip)
   seen, gradients = chunks.run(chunk)
-  outputs = chunks.outputs(seen, known)
+  outputs = _outputs(seen, known)
   if gradients is not None:
     gradients = gradients._replace(hidden=pick(gradients.hidden, rank))
   return *pick((outputs, seen), rank), gradients
@@ -119,12 +119,18 @@ def sizes(tiling: Tiling, default: tuple, length: int, vocabulary: int) -> tuple
 
 
 def each_chunk(
-  chunk: int, start: jax.Array, end: jax.Array, step: Callable, carry: Any, buffer: Any = None
+  chunk: int, end: jax.Array, step: Callable, carry: Any, buffer: Any = None, first: Any = None
 ) -> Any:
-  """Calls `step(size, start, (carry, buffer))` for chunks of the tokens from start to end.
+  """Calls `step(size, start, (carry, buffer))` for chunks of the tokens up to the end.
 
-  The last tokens go in smaller chunks, so that they do not cost a whole one.
+  The last tokens go in smaller chunks, so that they do not cost a whole one. If first is given, the
+  first chunk runs outside of the loops and starts from it: from no gradient of the unembedding,
+  which that chunk then writes, and the others read and write.
   """
+  start = jnp.zeros((), jnp.int32)
+  if first is not None:
+    carry, _ = step(chunk, start, (first, None))
+    start += chunk
   sizes = (chunk, chunk // 4) if chunk % 4 == 0 and chunk >= 256 else (chunk,)
   for size in sizes:
     last = size == sizes[-1]
@@ -166,14 +172,12 @@ class _Chunks(NamedTuple):
     zero = jnp.zeros_like(self.tokens, self.head.dtype)
     gradients = None if self.slopes is None else zero_gradients(self.hidden, self.head)
     carry = vary((self.tokens, (Seen(zero, zero, zero, zero), gradients)))[1]
-    start, end = jnp.zeros((), jnp.int32), self.layout.most(self.active)
+    first = None
     if self.chip and chunk < self.tokens.size and self.whole and gradients is not None:
-      # The first chunk writes the unembedding's gradient, the others read and write it.
       seen, gradients = carry
-      carry, _ = self.step(chunk, start, ((seen, gradients._replace(unembedding=None)), None))
-      start += chunk
+      first = seen, gradients._replace(unembedding=None)
     buffer = self.zeros if self.slopes and not self.whole else None
-    return each_chunk(chunk, start, end, self.step, carry, buffer)
+    return each_chunk(chunk, self.layout.most(self.active), self.step, carry, buffer, first)
 
   def step(self, size: int, start: jax.Array, carry: tuple) -> tuple:
     """Adds a chunk's results and gradients to those of others."""
@@ -196,7 +200,7 @@ class _Chunks(NamedTuple):
     seen = jax.tree.map(lambda x, y: put(x, y, start), seen, own)
     if self.slopes is None or powers is None:
       return (seen, gradients), buffer
-    log_probs = jnp.where(counts, self.outputs(own, take(self.known)).log_probs, 0)
+    log_probs = jnp.where(counts, _outputs(own, take(self.known)).log_probs, 0)
     slope = self.slopes(log_probs, jax.tree.map(take, self.per_token))
     slope = jax.tree.map(lambda x: jnp.where(counts, x, 0).astype(self.head.dtype), slope)
     empty = gradients._replace(hidden=jnp.zeros_like(h, self.head.dtype))
@@ -204,17 +208,18 @@ class _Chunks(NamedTuple):
     added = added._replace(hidden=put(gradients.hidden, added.hidden, start))
     return (seen, added), None if buffer is None else powers
 
-  def outputs(self, seen: Seen, known: jax.Array) -> TokenLogProbs:
-    """Computes the results, NaN for tokens outside of the vocabulary."""
-    outputs = seen.outputs()
-    return outputs._replace(log_probs=jnp.where(known, outputs.log_probs, jnp.nan))
-
   def zeros(self, size: int) -> jax.Array:
     """Makes a buffer for the powers of a chunk."""
     # That the compiler cannot foresee: it must not hold the buffers of several loops at once.
     zero = jnp.where(self.tokens[0] == jnp.iinfo(self.tokens.dtype).max, 1, 0)
     zero = zero.astype(powers_dtype(self.hidden, self.head, self.chip))
     return jnp.broadcast_to(zero, (self.head.unembedding.shape[0], size))
+
+
+def _outputs(seen: Seen, known: jax.Array) -> TokenLogProbs:
+  """Computes the results, NaN for tokens outside of the vocabulary."""
+  outputs = seen.outputs()
+  return outputs._replace(log_probs=jnp.where(known, outputs.log_probs, jnp.nan))
 
 
 def compact(mask: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -29,6 +29,11 @@ def is_enough(objective: Objective) -> bool:
   return all(_is_tokenwise(slot) for slot in in_loss(objective))
 
 
+def is_taken(tiling: Tiling, objective: Objective) -> bool:
+  """Tells whether one pass is enough, and two are not asked for."""
+  return is_enough(objective) and not tiling.recompute
+
+
 def _is_tokenwise(slot: Any) -> bool:
   bound = (*slot.args, *slot.keywords.values())
   return traits_of(slot).tokenwise and all(

@@ -96,13 +96,9 @@ def _gradients_of(tiling, layout, chip, hidden, head, tokens, mask, seen, slopes
       return added._replace(hidden=d_hidden), None
 
     sums = vary((y, zero_gradients(h, part)))[1]._replace(hidden=gradients.hidden)
-    begin = jnp.zeros((), jnp.int32)
-    if chip and chunk < y.size:
-      # The first chunk writes the tile's gradient, the others read and write it.
-      sums, _ = add_chunk(chunk, begin, (sums._replace(unembedding=None), None))
-      begin += chunk
+    first = sums._replace(unembedding=None) if chip and chunk < y.size else None
     with jax.named_scope("tiles"):
-      sums = each_chunk(chunk, begin, active, add_chunk, sums)
+      sums = each_chunk(chunk, active, add_chunk, sums, first=first)
     found = cast(sum_up(sums.unembedding), gradients.unembedding.dtype), sums.bias
     whole = gradients.unembedding, gradients.bias
     return Gradients(sums.hidden, *jax.tree.map(lambda x, y: put(x, y, start), whole, found))

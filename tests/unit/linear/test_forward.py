@@ -50,10 +50,10 @@ def test_log_probs_keep_their_digits_however_large_logits_are(offset, tile_size)
 
 @pytest.mark.usefixtures("x64")
 def test_float64_stays_float64():
-  logits, tokens = RNG.normal(size=(20, 32)) * 5, np.arange(20)
+  logits, tokens = np.random.default_rng(0).normal(size=(20, 32)) * 5, np.arange(20)
   found, _ = looked(logits, tokens, 10)
   for x, y in zip(found, formula(logits, tokens)):
-    np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(x, y, rtol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [30.0, 1e4, 1e30])
