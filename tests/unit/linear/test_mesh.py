@@ -43,15 +43,19 @@ def rollouts():
   return [objective.prepare(linear.BATCH.rewards, MASK, old) for objective in OBJECTIVES]
 
 
+def loss_of(kind, state, tokens, rollouts, **how):
+  """The loss of one kind."""
+  hidden, *head = state
+  settings = {"tiling": TILINGS[kind]} | how
+  return gpo.linear_loss(
+    OBJECTIVES[kind], hidden, gpo.Head(*head), tokens, rollouts[kind], **settings
+  )[0]
+
+
 def both(state, tokens, rollouts, **how):
   """Losses and gradients of all kinds, in one program."""
-
-  def loss(objective, tiling, rollout, hidden, unembedding, bias):
-    head, settings = gpo.Head(unembedding, bias), {"tiling": tiling} | how
-    return gpo.linear_loss(objective, hidden, head, tokens, rollout, **settings)[0]
-
-  grad = functools.partial(jax.value_and_grad, argnums=(3, 4, 5))
-  return [grad(loss)(*x, *state) for x in zip(OBJECTIVES, TILINGS, rollouts, strict=True)]
+  losses = [functools.partial(loss_of, kind, **how) for kind in range(len(OBJECTIVES))]
+  return [jax.value_and_grad(loss)(state, tokens, rollouts) for loss in losses]
 
 
 @functools.cache
@@ -131,21 +135,17 @@ def test_the_mesh_may_be_the_one_in_context():
 def test_inside_a_shard_map_of_the_user_s_tokens(jit):
   mesh = mesh_of({"x": 8}, AxisType.Auto)
 
-  def loss(hidden, unembedding, bias, tokens, rollouts):
-    head = gpo.Head(unembedding, bias)
-    parts = [
-      gpo.linear_loss(objective, hidden, head, tokens, rollout, tiling=tiling)[0]
-      for objective, tiling, rollout in zip(OBJECTIVES, TILINGS, rollouts, strict=True)
-    ]
+  def loss(*arguments):
+    parts = [loss_of(kind, *arguments) for kind in range(len(OBJECTIVES))]
     return jax.lax.psum(jnp.stack(parts), "x")
 
-  specs = P("x"), P(), P(), P("x"), P("x")
+  specs = (P("x"), P(), P()), P("x"), P("x")
   mapped = jax.shard_map(loss, mesh=mesh, in_specs=specs, out_specs=P())
   if not jit:
-    found = mapped(*STATE, TOKENS, rollouts())
+    found = mapped(STATE, TOKENS, rollouts())
     np.testing.assert_allclose(found, [x for x, _ in wanted()], rtol=1e-4, atol=1e-6)
     return
-  jacobian = linear.jit(jax.jacrev(mapped, argnums=(0, 1, 2)))(*STATE, TOKENS, rollouts())
+  jacobian = linear.jit(jax.jacrev(mapped))(STATE, TOKENS, rollouts())
   for i, (_, gradients) in enumerate(wanted()):
     assert_same(tuple(x[i] for x in jacobian), gradients, 2e-5)
 
@@ -241,38 +241,36 @@ INSIDE = {  # of a shard_map over x
 }
 
 
-def of_kind(i, hidden, unembedding, bias, tokens, rollouts, ids, mask, **how):
-  """A loss by one pass, by two, by two although one is enough; and of log-probabilities of ids."""
-  if i == len(OBJECTIVES):
-    return sum(jnp.sum(x**2) for x in of_ids(hidden, unembedding, bias, ids, mask, **how))
-  head, rollout, how = gpo.Head(unembedding, bias), rollouts[i], {"tiling": TILINGS[i]} | how
-  return gpo.linear_loss(OBJECTIVES[i], hidden, head, tokens, rollout, **how)[0]
+def loss_of_ids(state, ids, mask, **how):
+  return sum(jnp.sum(x**2) for x in of_ids(*state, ids, mask, **how))
 
 
 @functools.cache
-def of_one_device(i):
-  run = linear.jit(jax.grad(functools.partial(of_kind, i), argnums=(0, 1, 2)))
-  return jax.device_get(run(*STATE, TOKENS, rollouts(), IDS, MASK))
+def wanted_of_ids():
+  return linear.jit(jax.grad(loss_of_ids))(STATE, IDS, MASK)
 
 
 @pytest.mark.quick("vocabulary-two_passes")
 @pytest.mark.parametrize("kind", range(4), ids=["one_pass", "two_passes", "recompute", "ids"])
 @pytest.mark.parametrize("name", INSIDE)
 def test_on_some_axes_inside_a_shard_map_over_others(name, kind):
-  expected = of_one_device(kind)
+  if kind < len(OBJECTIVES):
+    of_kind, data = functools.partial(loss_of, kind), (TOKENS, rollouts())
+    expected = wanted()[kind][1]
+  else:
+    of_kind, data, expected = loss_of_ids, (IDS, MASK), wanted_of_ids()
   axes, unembedding = INSIDE[name]
   if axes == AxisType.Explicit and jax.__version_info__ < (0, 10):
     pytest.skip("JAX 0.8 raises an error for Explicit axes there, for one pass too")
   how = {"sharding": gpo.Sharding(unembedding=unembedding)} if axes == AxisType.Auto else {}
   mesh = mesh_of({"x": 4, "v": 2}, axes)
-  loss = lambda *arguments: jax.lax.psum(of_kind(kind, *arguments, **how), "x")
-  specs = P("x"), P(), P(), P("x"), P("x"), P("x"), P("x")
+  loss = lambda *arguments: jax.lax.psum(of_kind(*arguments, **how), "x")
+  specs = (P("x"), P(), P()), P("x"), P("x")
   with jax.set_mesh(mesh):
     mapped = jax.shard_map(loss, in_specs=specs, out_specs=P(), axis_names={"x"})
     state = HIDDEN, place(mesh, unembedding, UNEMBEDDING), BIAS
-    run = linear.jit(jax.grad(mapped, argnums=(0, 1, 2)))
-    found = jax.device_get(run(*state, TOKENS, rollouts(), IDS, MASK))
-  assert_same(found, expected, 3e-5)
+    found = jax.device_get(linear.jit(jax.grad(mapped))(state, *data))
+  assert_same(found, jax.device_get(expected), 3e-5)
 
 
 def test_a_divergence_on_some_axes_inside_a_shard_map_over_others_is_refused():
